@@ -1,0 +1,1 @@
+"""Attacks on audio classifiers, one file each."""

@@ -1,0 +1,1 @@
+"""Attacks on image classifiers, one file each."""

@@ -1,0 +1,101 @@
+"""Triggers: functions on raw samples with a state that can be stored and applied to new samples years later."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from backdoorlab.core.errors import ArtifactError
+from backdoorlab.data.split import Inputs, join, take
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trigger(ABC):
+    """A function on raw samples.
+
+    Subclasses are frozen dataclasses whose fields are tensors (saved as safetensors) or JSON values (numbers, strings,
+    tuples of them). A field that is a network is saved by overriding :meth:`state` and :meth:`from_state`.
+    Calling a trigger never changes its input and returns the same shape and dtype.
+    """
+
+    kind: ClassVar[str]
+    """Unique name under which the class is found again when a trigger is loaded, for example "image.patch"."""
+
+    _kinds: ClassVar[dict[str, type[Trigger]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in cls.__dict__:
+            Trigger._kinds[cls.kind] = cls
+
+    @abstractmethod
+    def __call__(
+        self, inputs: Inputs, indices: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Inputs:
+        """Stamp raw samples.
+
+        Args:
+            inputs: raw samples, N rows; left unchanged.
+            indices: int64 [N], identity of each sample, for triggers that depend on it; None counts from 0.
+            generator: for triggers that are random at test time; None means a fixed seed of the trigger's own.
+
+        Returns:
+            Stamped samples of the same shape and dtype.
+
+        Raises:
+            InputError: if the samples do not fit (size, channels, dtype).
+        """
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON-able settings from which :meth:`from_state` makes an equal trigger."""
+        tensors, config = {}, {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                tensors[field.name] = value.detach().cpu().contiguous()
+            else:
+                config[field.name] = value
+        return tensors, config
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], config: dict[str, Any]) -> Trigger:
+        """Inverse of :meth:`state`; lists in the settings become tuples."""
+        return cls(**tensors, **{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+
+
+def load_trigger(kind: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> Trigger:
+    """Rebuild a stored trigger.
+
+    Raises:
+        ArtifactError: if no installed attack has triggers of that kind, or the record is incomplete.
+    """
+    from backdoorlab.attacks.base import attacks
+
+    attacks.names()  # imports every attack, and with it its trigger class
+    if kind not in Trigger._kinds:
+        raise ArtifactError(f"no installed attack makes triggers of kind {kind!r}; known: {sorted(Trigger._kinds)}")
+    try:
+        return Trigger._kinds[kind].from_state(tensors, config)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ArtifactError(f"trigger record of kind {kind!r} does not fit: {error}") from None
+
+
+def stamp_all(
+    trigger: Trigger, inputs: Inputs, *, device: torch.device | None = None, batch_size: int = 4096
+) -> Inputs:
+    """Stamp a whole set in large batches on a device; rows keep their position as identity."""
+    if len(inputs) == 0:
+        return inputs
+    parts: list[Inputs] = []
+    for start in range(0, len(inputs), batch_size):
+        rows = torch.arange(start, min(start + batch_size, len(inputs)))
+        batch = take(inputs, rows)
+        if isinstance(batch, Tensor) and device is not None:
+            batch = batch.to(device)
+        stamped = trigger(batch, rows)
+        parts.append(stamped.cpu() if isinstance(stamped, Tensor) else stamped)
+    return join(parts)

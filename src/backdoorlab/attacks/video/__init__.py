@@ -1,0 +1,1 @@
+"""Attacks on video classifiers, one file each."""

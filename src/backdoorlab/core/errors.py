@@ -1,0 +1,46 @@
+"""Errors that users may see. Each says what was given, what was expected and the nearest valid choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BackdoorLabError(Exception):
+    """Base of every error that this library raises on purpose; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(BackdoorLabError, ValueError):
+    """What the user gave cannot be used (exit code 2)."""
+
+    exit_code = 2
+
+
+class ArtifactError(InputError):
+    """A stored artifact is missing, truncated, tampered with or of a foreign format."""
+
+
+class MissingExtra(InputError):
+    """A feature needs an optional dependency that is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs an optional dependency; install it with: pip install 'backdoorlab[{extra}]'")
+
+
+class NotApplicable(BackdoorLabError):
+    """A method cannot be applied to this model or data; the benchmark records the reason instead of a number."""
+
+
+def nearest(given: str, choices: Iterable[str]) -> str:
+    """Return a short hint such as " Did you mean 'badnets'?" or an empty string."""
+    close = difflib.get_close_matches(given.lower(), list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(kind: str, given: str, choices: Iterable[str]) -> InputError:
+    """Build the error for a name that is not among the choices."""
+    names = sorted(choices)
+    shown = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
+    return InputError(f"unknown {kind} {given!r}.{nearest(given, names)} Choose one of: {shown}")

@@ -1,0 +1,195 @@
+"""What an attack and a defense have in common: declared facts and checked, documented hyper-parameters.
+
+A method is a frozen dataclass. Its class variables are facts (name, paper, year, ...), its fields hyper-parameters.
+Every field is declared with :func:`param`, which carries the help text, the legal range and the source of the default;
+the command line's ``--help``, the docs tables and the range checks are all made from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from backdoorlab.core.errors import InputError, nearest
+
+
+def param(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    source: str = "",
+) -> Any:
+    """Declare a hyper-parameter.
+
+    Args:
+        default: value used when the user gives none.
+        help: one line saying what it is, with its unit.
+        low: smallest legal value (inclusive).
+        high: largest legal value (inclusive).
+        above: bound that the value must exceed (exclusive).
+        choices: the only legal values.
+        source: where the default comes from ("paper", "BackdoorBench", "ours").
+    """
+    meta = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "source": source}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamInfo:
+    """One hyper-parameter as users see it."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+    range: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of attacks and defenses: facts as class variables, hyper-parameters as fields."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    year: ClassVar[int]
+    modalities: ClassVar[tuple[str, ...]]
+    fact_names: ClassVar[tuple[str, ...]] = ()
+    """Names of further class variables that ``list --json`` shows."""
+
+    def __post_init__(self) -> None:
+        """Check every field against its declared range.
+
+        Raises:
+            InputError: naming the hyper-parameter, the value given and the range expected.
+        """
+        for field in dataclasses.fields(self):
+            _check(type(self).name, field, getattr(self, field.name))
+
+    @classmethod
+    def facts(cls) -> dict[str, Any]:
+        """Facts of the method as JSON-able values."""
+        own = {"name": cls.name, "paper": cls.paper, "year": cls.year, "modalities": list(cls.modalities)}
+        return own | {name: getattr(cls, name) for name in cls.fact_names}
+
+    @classmethod
+    def parameters(cls) -> list[ParamInfo]:
+        """All hyper-parameters with type, default, range and source."""
+        hints = typing.get_type_hints(cls)
+        return [
+            ParamInfo(f.name, _type_name(hints[f.name]), f.default, f.metadata.get("help", ""), _range(f),
+                      f.metadata.get("source", ""))
+            for f in dataclasses.fields(cls)
+        ]  # fmt: skip
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any]) -> Self:
+        """Make the method from names and values; strings (from ``--set``) are converted to the field's type.
+
+        Raises:
+            InputError: for an unknown name or a value that does not fit.
+        """
+        hints = typing.get_type_hints(cls)
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in settings.items():
+            if key not in fields:
+                raise InputError(
+                    f"{cls.name} has no hyper-parameter {key!r}.{nearest(key, fields)} It has: {', '.join(fields)}"
+                )
+            values[key] = _convert(cls.name, key, value, hints[key])
+        return cls(**values)
+
+    def settings(self) -> dict[str, Any]:
+        """All hyper-parameters with their values, JSON-able."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def code_digest(cls) -> str:
+        """Hash of the file in which the method is written: a changed method gets new results, not old ones."""
+        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()[:16]
+
+
+def _range(field: dataclasses.Field[Any]) -> str:
+    meta = field.metadata
+    if meta.get("choices"):
+        return " | ".join(map(str, meta["choices"]))
+    parts = []
+    if meta.get("above") is not None:
+        parts.append(f"> {meta['above']:g}")
+    if meta.get("low") is not None:
+        parts.append(f">= {meta['low']:g}")
+    if meta.get("high") is not None:
+        parts.append(f"<= {meta['high']:g}")
+    return " and ".join(parts)
+
+
+def _check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
+    meta, wrong = field.metadata, False
+    if value is None:
+        return
+    if meta.get("choices"):
+        wrong = value not in meta["choices"]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        wrong = not math.isfinite(value)
+        wrong |= meta.get("low") is not None and value < meta["low"]
+        wrong |= meta.get("high") is not None and value > meta["high"]
+        wrong |= meta.get("above") is not None and value <= meta["above"]
+    if wrong:
+        hint = nearest(value, map(str, meta["choices"])) if meta.get("choices") and isinstance(value, str) else ""
+        expected = f"must be {_range(field)}" if _range(field) else "must be a finite number"
+        raise InputError(f"{owner}: {field.name} {expected}, got {value!r}.{hint}")
+
+
+def _type_name(hint: Any) -> str:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " or ".join(_type_name(a) for a in typing.get_args(hint) if a is not type(None)) + " (optional)"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _convert(owner: str, key: str, value: Any, hint: Any) -> Any:
+    """Convert a value (perhaps a string from the command line) to the annotated type, or say why not."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if typing.get_origin(hint) is tuple:
+        items = value.replace("[", "").replace("]", "").split(",") if isinstance(value, str) else list(value)
+        inner = typing.get_args(hint)[0]
+        return tuple(_convert(owner, key, item.strip() if isinstance(item, str) else item, inner) for item in items)
+    failure = InputError(f"{owner}: {key} must be of type {_type_name(hint)}, got {value!r}.")
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        table = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if str(value).lower() not in table:
+            raise InputError(f"{owner}: {key} must be true or false, got {value!r}.")
+        return table[str(value).lower()]
+    if hint in (int, float):
+        if isinstance(value, bool):
+            raise failure
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise failure from None
+        if hint is float:
+            return number
+        if not math.isfinite(number) or number != int(number):
+            raise failure
+        return int(number)
+    if hint is str:
+        if not isinstance(value, str):
+            raise failure
+        return value
+    return value

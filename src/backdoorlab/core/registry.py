@@ -1,0 +1,93 @@
+"""One registry object per kind of thing: found by name, extended by plain imports and by entry points.
+
+Built-in methods register themselves when their file is imported; the files of the registry's packages are imported on
+the first look-up. Other installed packages extend a registry through an entry point of the registry's group whose
+value is a module (or an object in it) that registers on import. A plug-in that fails to import is an error, not a
+warning: a benchmark that silently lacks a method is worse than one that does not start.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from backdoorlab.core.errors import BackdoorLabError, InputError, unknown
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names to classes. One name may serve several modalities through several classes (badnets: image, text, ...)."""
+
+    def __init__(self, kind: str, packages: tuple[str, ...], group: str) -> None:
+        self.kind, self.packages, self.group = kind, packages, group
+        self._entries: dict[tuple[str, str], type[T]] = {}
+        self._loaded = False
+
+    def register(self, cls: type[T]) -> type[T]:
+        """Class decorator; the class states its ``name`` and ``modalities``."""
+        for modality in cls.modalities:  # type: ignore[attr-defined]
+            key = (cls.name, modality)  # type: ignore[attr-defined]
+            other = self._entries.get(key)
+            if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise BackdoorLabError(
+                    f"two {self.kind}s are called {key[0]!r} for {modality}: {other.__module__} and {cls.__module__}"
+                )
+            self._entries[key] = cls
+        return cls
+
+    def get(self, name: str, modality: str | None = None) -> type[T]:
+        """Return the class of that name.
+
+        Raises:
+            InputError: for an unknown name (with the nearest one) or a modality that the method does not serve.
+        """
+        self._load()
+        served = {m: c for (n, m), c in self._entries.items() if n == name}
+        if not served:
+            raise unknown(self.kind, name, self.names(modality) or self.names())
+        if modality is None:
+            return next(iter(served.values()))
+        if modality not in served:
+            raise InputError(
+                f"{self.kind} {name!r} does not serve {modality} data, only: {', '.join(sorted(served))}. "
+                f"For {modality}: {', '.join(self.names(modality)) or 'none yet'}"
+            )
+        return served[modality]
+
+    def names(self, modality: str | None = None) -> list[str]:
+        """Sorted names, of one modality if given."""
+        self._load()
+        return sorted({n for n, m in self._entries if modality in (None, m)})
+
+    def __iter__(self) -> Iterator[type[T]]:
+        """Yield each registered class once, by name."""
+        self._load()
+        seen: set[int] = set()
+        for _, cls in sorted(self._entries.items(), key=lambda item: item[0]):
+            if id(cls) not in seen:
+                seen.add(id(cls))
+                yield cls
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        try:
+            for package in self.packages:
+                root = importlib.import_module(package)
+                for info in pkgutil.walk_packages(root.__path__, prefix=f"{package}."):
+                    importlib.import_module(info.name)
+            for point in entry_points(group=self.group):
+                try:
+                    found: Callable[[], object] | object = point.load()
+                except Exception as error:
+                    raise BackdoorLabError(f"plug-in {point.name!r} ({point.value}) failed to load: {error}") from error
+                if isinstance(found, type) and hasattr(found, "modalities"):
+                    self.register(found)
+        except BaseException:
+            self._loaded = False
+            raise

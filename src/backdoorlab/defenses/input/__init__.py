@@ -1,0 +1,1 @@
+"""Defenses that reject triggered inputs at inference, one file each."""

@@ -1,0 +1,1 @@
+"""Defenses that say whether a model is backdoored, one file each."""

@@ -1,0 +1,1 @@
+"""Defenses that clean a trained model, one file each."""

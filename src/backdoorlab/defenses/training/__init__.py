@@ -1,0 +1,1 @@
+"""Defenses that train a clean model on poisoned data, one file each."""

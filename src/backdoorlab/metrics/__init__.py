@@ -1,0 +1,1 @@
+"""Metrics: classification under attack, detection, and statistics over seeds."""

@@ -1,0 +1,91 @@
+"""The contract that lets one defense serve images, text, audio and video."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from backdoorlab.core.errors import ArtifactError, unknown
+from backdoorlab.data.split import Dataset, Inputs
+
+
+class Modality(ABC):
+    """What a modality-agnostic method may know about samples.
+
+    Raw inputs are what is stored or delivered (:data:`backdoorlab.data.split.Inputs`). ``encode`` turns raw inputs
+    into one tensor that can live on the device for the whole training (images: the uint8 tensor itself; text: token
+    ids). ``prepare`` turns a batch of raw *or* encoded inputs into model input.
+    """
+
+    name: ClassVar[str]
+    continuous: ClassVar[bool]
+    """May a trigger be optimised by gradient in the space of prepared inputs? (text: no, use the embedding)"""
+
+    @abstractmethod
+    def encode(self, inputs: Inputs) -> Tensor:
+        """Raw samples as one tensor, N rows; a no-op for tensors."""
+
+    @abstractmethod
+    def prepare(self, inputs: Inputs, *, train: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """A batch of raw or encoded samples as model input, on the device of the batch; augmented if ``train``."""
+
+    @abstractmethod
+    def blend(self, a: Inputs, b: Inputs, ratio: float, generator: torch.Generator | None = None) -> Inputs:
+        """Superimpose raw samples row by row: ``ratio`` of b over a (text: words of b replace a share of a's)."""
+
+    @abstractmethod
+    def perturb(self, inputs: Inputs, strength: float, generator: torch.Generator | None = None) -> Inputs:
+        """Natural corruption of raw samples; ``strength`` from 0 (none) to 1 (severe)."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """JSON-able settings from which :func:`modality_from_config` makes an equal object."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: dict[str, Any]) -> Modality:
+        """Inverse of :meth:`config`."""
+
+    @classmethod
+    @abstractmethod
+    def from_dataset(cls, dataset: Dataset) -> Modality:
+        """The settings that suit a data set (size, normalisation, vocabulary, sample rate)."""
+
+
+_HOMES = {
+    "image": ("backdoorlab.modalities.image", "ImageModality"),
+    "text": ("backdoorlab.modalities.text", "TextModality"),
+    "audio": ("backdoorlab.modalities.audio", "AudioModality"),
+    "video": ("backdoorlab.modalities.video", "VideoModality"),
+}
+
+
+def _find(name: str) -> type[Modality]:
+    if name not in _HOMES:
+        raise unknown("modality", name, _HOMES)
+    module, cls = _HOMES[name]
+    found: type[Modality] = getattr(importlib.import_module(module), cls)
+    return found
+
+
+def modality_of(dataset: Dataset) -> Modality:
+    """The modality object for a data set."""
+    return _find(dataset.modality).from_dataset(dataset)
+
+
+def modality_from_config(config: dict[str, Any]) -> Modality:
+    """Rebuild a modality from ``{"name": ..., **config}`` as stored beside a model.
+
+    Raises:
+        ArtifactError: if the record has no name or lacks settings.
+    """
+    if "name" not in config:
+        raise ArtifactError("a modality record needs a 'name'")
+    try:
+        return _find(config["name"]).from_config({k: v for k, v in config.items() if k != "name"})
+    except (TypeError, KeyError) as error:
+        raise ArtifactError(f"modality record of kind {config['name']!r} is incomplete: {error}") from None

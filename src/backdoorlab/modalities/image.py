@@ -1,0 +1,120 @@
+"""Images: uint8 [N,C,H,W] raw, float32 [N,C,H,W] in [0, 1] prepared; batched augmentation on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backdoorlab.core.errors import InputError
+from backdoorlab.data.split import Dataset, Inputs
+from backdoorlab.modalities.base import Modality
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Grey levels in [0, 255] (any float) as uint8: clip, then round, then cast, so that nothing wraps around."""
+    return images.clamp(0, 255).round().to(torch.uint8)
+
+
+def random_crop(images: Tensor, pad: int, generator: torch.Generator | None = None) -> Tensor:
+    """Zero-pad by ``pad`` pixels and crop back at a random offset per image.
+
+    Args:
+        images: [B,C,H,W], any dtype.
+        pad: pixels on each side.
+        generator: source of the 2 B offsets, on the images' device.
+
+    Returns:
+        [B,C,H,W] of the same dtype.
+    """
+    batch, _, height, width = images.shape
+    windows = F.pad(images, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    offsets = torch.randint(0, 2 * pad + 1, (2, batch), generator=generator, device=images.device)
+    return windows[torch.arange(batch, device=images.device), :, offsets[0], offsets[1]]
+
+
+def random_flip(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Mirror each image [B,C,H,W] left-right with probability 1/2."""
+    mirrored = torch.rand(len(images), generator=generator, device=images.device) < 0.5
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+@dataclass(frozen=True)
+class ImageModality(Modality):
+    """Images of one size.
+
+    Attributes:
+        channels: 1 or 3.
+        height: in pixels.
+        width: in pixels.
+        mean: per channel, in [0, 1]; the model's first layer normalises with it.
+        std: per channel.
+        crop: padding of the random-crop augmentation in pixels; 0 disables it.
+        flip: whether augmentation mirrors images.
+    """
+
+    name: ClassVar[str] = "image"
+    continuous: ClassVar[bool] = True
+
+    channels: int = 3
+    height: int = 32
+    width: int = 32
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    crop: int = 4
+    flip: bool = False
+
+    def encode(self, inputs: Inputs) -> Tensor:
+        """Raw images are already one tensor; its shape and dtype are checked.
+
+        Raises:
+            InputError: if the images are not uint8 of this modality's size.
+        """
+        expected = (self.channels, self.height, self.width)
+        if not isinstance(inputs, Tensor) or inputs.dtype != torch.uint8 or tuple(inputs.shape[1:]) != expected:
+            got = f"{inputs.dtype} {tuple(inputs.shape)}"
+            raise InputError(f"expected uint8 images of shape [N, {', '.join(map(str, expected))}], got {got}")
+        return inputs
+
+    def prepare(self, inputs: Inputs, *, train: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """Augment (crop, flip) in uint8, then scale to float32 [0, 1] in channels-last order."""
+        images = self.encode(inputs)
+        if train and self.crop:
+            images = random_crop(images, self.crop, generator)
+        if train and self.flip:
+            images = random_flip(images, generator)
+        return images.to(torch.float32, memory_format=torch.channels_last).mul_(1 / 255)
+
+    def blend(self, a: Inputs, b: Inputs, ratio: float, generator: torch.Generator | None = None) -> Inputs:
+        """(1 - ratio) a + ratio b, pixel by pixel, in uint8."""
+        return to_uint8(torch.lerp(self.encode(a).float(), self.encode(b).float(), ratio))
+
+    def perturb(self, inputs: Inputs, strength: float, generator: torch.Generator | None = None) -> Inputs:
+        """Gaussian noise with a standard deviation of ``strength`` times half the grey range."""
+        images = self.encode(inputs).float()
+        noise = torch.randn(images.shape, generator=generator, device=images.device)
+        return to_uint8(images + strength * 127.5 * noise)
+
+    def config(self) -> dict[str, Any]:
+        """See :meth:`Modality.config`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ImageModality:
+        """See :meth:`Modality.from_config`."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        return cls(**values)
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset) -> ImageModality:
+        """Crop padding is an eighth of the side (4 at 32 px), as is usual for these data sets."""
+        if not isinstance(dataset.train.inputs, Tensor) or dataset.train.inputs.dim() != 4:
+            raise InputError(f"{dataset.name}: image data must be uint8 [N,C,H,W]")
+        channels, height, width = dataset.train.inputs.shape[1:]
+        mean = dataset.mean or (0.0,) * channels
+        std = dataset.std or (1.0,) * channels
+        return cls(channels, height, width, mean, std, crop=max(1, min(height, width) // 8), flip=dataset.flip)

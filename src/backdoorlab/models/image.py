@@ -1,0 +1,140 @@
+"""Image networks of our own: pre-activation ResNets (registered with timm too) and a three-block ConvNet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models import register_model
+from torch import Tensor, nn
+
+from backdoorlab.modalities.base import Modality
+from backdoorlab.models.classifier import ModelBuilder, models
+
+
+class PreActBlock(nn.Module):
+    """Pre-activation basic block: BN-ReLU-conv-BN-ReLU-conv plus shortcut (He et al., ECCV 2016)."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.shortcut = None
+        if stride != 1 or width_in != width:
+            self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,H,W] -> [B,width,H/stride,W/stride]; a changing shortcut starts after the first BN-ReLU."""
+        out = F.relu(self.bn1(x))
+        skip = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv2(F.relu(self.bn2(self.conv1(out))))
+        return out + skip
+
+
+class PreActResNet(nn.Module):
+    """Stem 3x3 without norm, four stages (strides 1, 2, 2, 2), global average pooling *without* a final BN-ReLU."""
+
+    def __init__(self, blocks: tuple[int, ...], width: int, num_classes: int = 10, in_chans: int = 3) -> None:
+        super().__init__()
+        self.num_classes, self.num_features = num_classes, width * 8
+        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
+        current, stages = width, []
+        for stage, depth in enumerate(blocks):
+            out, layers = width * 2**stage, []
+            for block in range(depth):
+                layers.append(PreActBlock(current, out, stride=2 if stage and not block else 1))
+                current = out
+            stages.append(nn.Sequential(*layers))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(current, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B,C,H,W] -> logits [B,K]."""
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        logits: Tensor = self.linear(self.pool(x).flatten(1))
+        return logits
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer (timm's convention)."""
+        return self.linear
+
+
+def _own(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in kwargs.items() if k in ("num_classes", "in_chans")}
+
+
+@register_model
+def preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
+    """PreAct-ResNet18 of the backdoor literature: widths 64-512, two blocks a stage, 11.2 M parameters."""
+    return PreActResNet((2, 2, 2, 2), 64, **_own(kwargs))
+
+
+@register_model
+def preact_resnet8(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
+    """The narrow one for CPUs: widths 16-128, one block a stage."""
+    return PreActResNet((1, 1, 1, 1), 16, **_own(kwargs))
+
+
+class ConvNet3(nn.Module):
+    """Three conv-BN-ReLU blocks (16, 32, 64 channels), 2x2 max pooling after the first two, average pool, linear."""
+
+    def __init__(self, num_classes: int = 10, in_chans: int = 1, width: int = 16) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = (in_chans, width, 2 * width, 4 * width)
+        for block in range(3):
+            layers += [nn.Conv2d(channels[block], channels[block + 1], 3, padding=1, bias=False),
+                       nn.BatchNorm2d(channels[block + 1]), nn.ReLU()]  # fmt: skip
+            if block < 2:
+                layers.append(nn.MaxPool2d(2))
+        self.body = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(channels[3], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B,C,H,W] -> logits [B,K]."""
+        logits: Tensor = self.linear(self.pool(self.body(x)).flatten(1))
+        return logits
+
+
+class _Image(ModelBuilder):
+    modalities = ("image",)
+
+
+@models.register
+class BuildPreActResNet18(_Image):
+    """The reference network of the benchmark."""
+
+    name = "preact_resnet18"
+    summary = "PreAct-ResNet18, 11.2 M parameters: the reference network of the benchmark"
+
+    def build(self, modality: Modality, num_classes: int) -> nn.Module:
+        """See :meth:`ModelBuilder.build`."""
+        return preact_resnet18(num_classes=num_classes, in_chans=modality.channels)  # type: ignore[attr-defined]
+
+
+@models.register
+class BuildPreActResNet8(_Image):
+    """The CPU default for 32x32."""
+
+    name = "preact_resnet8"
+    summary = "narrow PreAct-ResNet (widths 16-128, one block a stage), 0.31 M parameters: default for 28 px and more"
+
+    def build(self, modality: Modality, num_classes: int) -> nn.Module:
+        """See :meth:`ModelBuilder.build`."""
+        return preact_resnet8(num_classes=num_classes, in_chans=modality.channels)  # type: ignore[attr-defined]
+
+
+@models.register
+class BuildConvNet3(_Image):
+    """The default for digits."""
+
+    name = "convnet3"
+    summary = "three conv-BN-ReLU blocks, 24 k parameters: default below 28 px"
+
+    def build(self, modality: Modality, num_classes: int) -> nn.Module:
+        """See :meth:`ModelBuilder.build`."""
+        return ConvNet3(num_classes, modality.channels)  # type: ignore[attr-defined]

@@ -1,0 +1,50 @@
+"""Shared fixtures: one small task and a few trained models, made once for the whole run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from backdoorlab.attacks import Backdoor, attacks
+from backdoorlab.models import Classifier
+from backdoorlab.training import Context, Task, TaskSpec
+
+
+@pytest.fixture(scope="session")
+def digits_task() -> Task:
+    """Embedded digits, 16x16, trained in about two seconds."""
+    return Task.load(TaskSpec(recipe="smoke"))
+
+
+@pytest.fixture(scope="session")
+def badnets_digits(digits_task: Task) -> Backdoor:
+    """BadNets on digits; treat as read-only."""
+    return attacks.get("badnets", "image")(poison_rate=0.1).plant(digits_task, Context())
+
+
+@pytest.fixture(scope="session")
+def benign_digits(digits_task: Task) -> Classifier:
+    """A benign model of the same recipe; treat as read-only."""
+    model, _ = digits_task.fit(digits_task.train, Context())
+    return model
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder with the real data sets, or a skip with the reason."""
+    root = os.environ.get("BACKDOORLAB_DATA")
+    if not root or not Path(root).is_dir():
+        pytest.skip("set BACKDOORLAB_DATA to the folder with the real data sets")
+    return Path(root)
+
+
+@pytest.fixture(autouse=True)
+def _rng_untouched(request: pytest.FixtureRequest) -> object:
+    """Library code must not draw from torch's global generator."""
+    before = torch.random.get_rng_state()
+    yield
+    if "slow" not in request.keywords:
+        assert torch.equal(before, torch.random.get_rng_state()), "a test or the library used torch's global generator"
