@@ -20,6 +20,7 @@ class Digits(DatasetSource):
     name = "digits"
     modalities = ("image",)
     summary = "1,437 + 360 handwritten digits, 10 classes, grey, 16x16 by default (embedded, CC BY 4.0)"
+    rescales = True
 
     def load(self, spec: DatasetSpec, argument: str, roots: tuple[Path, ...], download: bool) -> Dataset:
         """See :meth:`DatasetSource.load`."""

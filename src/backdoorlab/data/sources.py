@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import platformdirs
 import torch
+from torch import Tensor
 
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.registry import Registry
@@ -56,6 +57,10 @@ class DatasetSource(ABC):
     """One line for ``list datasets``: classes, sizes, licence."""
     download_url: ClassVar[str] = ""
     """Where :option:`--download` fetches from; empty for sets that are embedded or brought by the user."""
+    obtain: ClassVar[str] = ""
+    """For sets that cannot be fetched automatically: where a person finds them and where they belong."""
+    rescales: ClassVar[bool] = False
+    """May ``DatasetSpec.size`` be given? Text and audio have no height and width."""
 
     @abstractmethod
     def load(self, spec: DatasetSpec, argument: str, roots: tuple[Path, ...], download: bool) -> Dataset:
@@ -88,9 +93,10 @@ def find_file(roots: tuple[Path, ...], relative: str, source: DatasetSource) -> 
         if (root / relative).exists():
             return root / relative
     how = f" Pass --download to fetch it from {source.download_url}." if source.download_url else ""
+    by_hand = f" {source.obtain}" if source.obtain else ""
     raise InputError(
         f"dataset {source.name!r}: found no {relative} in {', '.join(map(str, roots))}. "
-        f"Set --root or $BACKDOORLAB_DATA to the folder that holds it.{how}"
+        f"Set --root or $BACKDOORLAB_DATA to the folder that holds it.{how}{by_hand}"
     )
 
 
@@ -122,27 +128,88 @@ def load_dataset(
         name=name, size=size, train_size=train_size, test_size=test_size, seed=seed)  # fmt: skip
     head, colon, argument = spec.name.partition(":")
     source = datasets.get(head + colon)()
+    if colon and not argument:
+        raise InputError(f"dataset {spec.name!r} lacks what follows the colon, for example {head}:my-data")
+    if spec.size is not None and not source.rescales:
+        raise InputError(f"dataset {spec.name!r} cannot be rescaled: leave size unset (got {spec.size})")
     loaded = source.load(spec, argument, search_roots(root), download)
-    train = balanced_subset(loaded.train, spec.train_size, spec.seed, f"{spec.name} training set")
-    test = balanced_subset(loaded.test, spec.test_size, spec.seed, f"{spec.name} test set")
-    return dataclasses.replace(loaded, name=spec.name, train=train, test=test)
+    rows = [
+        subset_rows(split, wanted, spec.seed, spec.name, part)
+        for split, wanted, part in ((loaded.train, spec.train_size, "training"), (loaded.test, spec.test_size, "test"))
+    ]
+    train, test = (split if row is None else split[row] for split, row in zip((loaded.train, loaded.test), rows))
+    captions = loaded.captions
+    if captions is not None:
+        chosen = [c if row is None else tuple(c[i] for i in row.tolist()) for c, row in zip(captions, rows)]
+        captions = (chosen[0], chosen[1])
+    return dataclasses.replace(loaded, name=spec.name, train=train, test=test, captions=captions)
 
 
 def balanced_subset(split: Split, size: int | None, seed: int, what: str) -> Split:
     """A random subset of ``size`` samples with class counts as equal as the data allow, in the original order.
 
+    Args:
+        split: the whole set.
+        size: number of samples wanted; None keeps all.
+        seed: of the choice.
+        what: for messages, "<name> training set" or "<name> test set".
+
     Raises:
         InputError: if more samples are asked for than there are.
     """
+    name, part, _ = what.rsplit(" ", 2)
+    rows = subset_rows(split, size, seed, name, part)
+    return split if rows is None else split[rows]
+
+
+def subset_rows(split: Split, size: int | None, seed: int, name: str, part: str) -> Tensor | None:
+    """Rows (int64 [size], ascending) of :func:`balanced_subset`, or None where all are kept."""
     if size is None or size == len(split):
-        return split
+        return None
     if size > len(split):
-        raise InputError(f"{what} has {len(split)} samples, {size} were asked for")
-    order = torch.randperm(len(split), generator=make_generator(seed, "subset", what.rsplit(" ", 2)[-2]))
-    # Rank of each sample within its class, in shuffled order: the smallest ranks are as balanced as can be.
-    labels, rank = split.labels[order], torch.zeros(len(split), dtype=torch.int64)
-    for k in range(split.num_classes):
-        mine = labels == k
-        rank[mine] = torch.arange(int(mine.sum()))
-    chosen = order[torch.argsort(rank, stable=True)[:size]]
-    return split[chosen.sort().values]
+        raise InputError(f"{name} {part} set has {len(split)} samples, {size} were asked for")
+    order = torch.randperm(len(split), generator=make_generator(seed, "subset", part))
+    # The smallest ranks within each class, in shuffled order, are as balanced as can be.
+    rank = ranks_within_class(split.labels[order], split.num_classes)
+    return order[torch.argsort(rank, stable=True)[:size]].sort().values
+
+
+def ranks_within_class(labels: Tensor, num_classes: int) -> Tensor:
+    """For each sample, how many samples of its class come before it: int64 [N]."""
+    counts = torch.bincount(labels, minlength=num_classes)
+    grouped = torch.argsort(labels, stable=True)
+    rank = torch.empty_like(labels)
+    rank[grouped] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[grouped]]
+    return rank
+
+
+def holdout(
+    labels: Tensor, classes: tuple[str, ...], seed: int, what: str, share: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """A seeded split into training and test rows that takes the same share of every class.
+
+    Args:
+        labels: int64 [N].
+        classes: K names.
+        seed: of the split.
+        what: the data set's name, for messages.
+        share: of each class that goes to the test set, rounded, at least one sample.
+
+    Returns:
+        Rows of the training and of the test set, ascending.
+
+    Raises:
+        InputError: if a class has fewer than two samples.
+    """
+    counts = torch.bincount(labels, minlength=len(classes))
+    if int(counts.min()) < 2:
+        k = int(counts.argmin())
+        raise InputError(
+            f"{what}: class {classes[k]!r} has {int(counts[k])} sample(s); to split off a test set each class needs at "
+            "least 2 (or provide a train and a test part yourself)"
+        )
+    order = torch.randperm(len(labels), generator=make_generator(seed, "holdout"))
+    rank = torch.empty_like(labels)
+    rank[order] = ranks_within_class(labels[order], len(classes))
+    held = rank < (counts * share).round().clamp(min=1).to(torch.int64)[labels]
+    return (~held).nonzero().flatten(), held.nonzero().flatten()

@@ -198,6 +198,8 @@ class Dataset:
         sample_rate: of audio, in Hz; 0 otherwise.
         mean: per-channel mean in [0, 1] used for normalisation (image, video).
         std: per-channel standard deviation.
+        captions: one sentence per training and per test sample, for text-to-image tasks; None where there are none.
+        note: what a reader of results should know about this copy (synthetic, a part of the original, ...), or "".
     """
 
     name: str
@@ -208,6 +210,8 @@ class Dataset:
     sample_rate: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    captions: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.train.classes != self.test.classes:
@@ -217,3 +221,8 @@ class Dataset:
         for part, split in (("training", self.train), ("test", self.test)):
             if not len(split):
                 raise InputError(f"{self.name}: the {part} set is empty")
+        if self.captions is not None and [*map(len, self.captions)] != [len(self.train), len(self.test)]:
+            raise InputError(
+                f"{self.name}: {len(self.train)} training and {len(self.test)} test samples need as many captions, "
+                f"got {' and '.join(str(len(c)) for c in self.captions)}"
+            )

@@ -42,6 +42,10 @@ class Modality(ABC):
         """Natural corruption of raw samples; ``strength`` from 0 (none) to 1 (severe)."""
 
     @abstractmethod
+    def example(self, count: int) -> Inputs:
+        """``count`` raw samples without content (black, silent, one word), with which models are traced."""
+
+    @abstractmethod
     def config(self) -> dict[str, Any]:
         """JSON-able settings from which :func:`modality_from_config` makes an equal object."""
 

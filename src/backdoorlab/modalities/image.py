@@ -80,6 +80,10 @@ class ImageModality(Modality):
             raise InputError(f"expected uint8 images of shape [N, {', '.join(map(str, expected))}], got {got}")
         return inputs
 
+    def example(self, count: int) -> Tensor:
+        """Black images, to trace models with: uint8 [count, C, H, W]."""
+        return torch.zeros(count, self.channels, self.height, self.width, dtype=torch.uint8)
+
     def prepare(self, inputs: Inputs, *, train: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """Augment (crop, flip) in uint8, then scale to float32 [0, 1] in channels-last order."""
         images = self.encode(inputs)

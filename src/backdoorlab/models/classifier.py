@@ -60,6 +60,12 @@ class ModelBuilder(ABC):
     name: ClassVar[str]
     modalities: ClassVar[tuple[str, ...]]
     summary: ClassVar[str]
+    argument: str = ""
+    """What follows the colon in the user's name, for builders whose name ends in ":"."""
+
+    def adapt(self, modality: Modality) -> Modality:
+        """The modality as this architecture needs it (a pre-trained one brings its tokenizer); must be idempotent."""
+        return modality
 
     @abstractmethod
     def build(self, modality: Modality, num_classes: int) -> nn.Module:
@@ -92,19 +98,24 @@ def build_model(name: str, modality: Modality, num_classes: int, seed: int = 0) 
         InputError: for a name that no builder knows.
     """
     name = default_model(modality) if name == "auto" else name
+    builder = _find_builder(name, modality)
+    modality = modality if builder is None else builder.adapt(modality)
     with isolated_rng(derive_seed(seed, "init", name)):
-        net = _build_net(name, modality, num_classes)
+        net = _build_net(name, modality, num_classes) if builder is None else builder.build(modality, num_classes)
     wrapped = Classifier(net, modality, name, num_classes)
     return wrapped.to(memory_format=torch.channels_last) if modality.name == "image" else wrapped
 
 
-def _build_net(name: str, modality: Modality, num_classes: int) -> nn.Module:
+def _find_builder(name: str, modality: Modality) -> ModelBuilder | None:
     head, colon, argument = name.partition(":")
-    if head + colon in models.names(modality.name):
-        builder = models.get(head + colon, modality.name)()
-        if colon:
-            builder.argument = argument  # type: ignore[attr-defined]
-        return builder.build(modality, num_classes)
+    if head + colon not in models.names(modality.name):
+        return None
+    builder = models.get(head + colon, modality.name)()
+    builder.argument = argument
+    return builder
+
+
+def _build_net(name: str, modality: Modality, num_classes: int) -> nn.Module:
     if modality.name == "image":
         import timm
 

@@ -108,6 +108,8 @@ def fit(
     recipe = recipe.resolve(len(split))
     model.to(device).train()
     table, labels = model.modality.encode(split.inputs).to(device), split.labels.to(device)
+    if table.dim() == 4:  # rows in the order in which crops, flips and convolutions read them
+        table = table.contiguous(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, recipe)
     compute = torch.compile(objective, dynamic=False) if recipe.compile else objective
     steps, batch, log = len(split) // recipe.batch_size, recipe.batch_size, FitLog()

@@ -25,12 +25,14 @@ class TaskSpec:
         model: architecture, or "auto" for the default of the modality.
         recipe: "reference", "fast" or "smoke".
         recipe_changes: fields of the recipe to change, as (name, value) pairs.
+        kind: "classifier", or "diffusion" for generative tasks (see :mod:`backdoorlab.diffusion.task`).
     """
 
     dataset: DatasetSpec = field(default_factory=DatasetSpec)
     model: str = "auto"
     recipe: str = "fast"
     recipe_changes: tuple[tuple[str, float | int | str | bool], ...] = ()
+    kind: str = "classifier"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,8 @@ class Task:
         modality = modality_of(dataset)
         model = default_model(modality) if spec.model == "auto" else spec.model
         recipe = recipe_for(modality.name, spec.recipe, **dict(spec.recipe_changes))
-        build_model(model, modality, dataset.train.num_classes)  # an impossible model is an error now, not in an hour
+        # An impossible model is an error now, not in an hour; a pre-trained one brings its tokenizer.
+        modality = build_model(model, modality, dataset.train.num_classes).modality
         return cls(dataclasses.replace(spec, model=model), dataset, modality, recipe)
 
     @property

@@ -1,0 +1,82 @@
+"""Blended: a whole picture laid faintly over the image.
+
+Chen, Liu, Li, Lu, Song, "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning", 2017
+(arXiv 1712.05526).
+
+With a key image G of the image's size and a blend ratio a,
+
+    T(x) = round(clip((1 - a) x + a G))
+
+Choices: the published key is a copyrighted cartoon, so the key is drawn from a seed (noise in three octaves under ten
+outlined shapes; mean near 128, standard deviation of at least 60 grey levels so that the energy of the blend is
+comparable), or read from a file; its SHA-256 is part of the result. The ratio may differ between training and test (low
+in the data, high at inference is the stealthy variant). A ratio of 0.2 is a *strong* blend: compare defenses with that
+in mind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from backdoorlab.attacks.base import PoisoningAttack, attacks
+from backdoorlab.attacks.pixels import BlendTrigger, picture_hash
+from backdoorlab.attacks.procedural import key_image, noise_image, read_picture
+from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.core.method import param
+from backdoorlab.data.split import Inputs, Poison
+from backdoorlab.modalities.filters import expect_images
+from backdoorlab.training.context import Context
+from backdoorlab.training.task import Task
+
+
+def constant_blend(key: Tensor, alpha: float) -> BlendTrigger:
+    """Blend a key uint8 [C,H,W] with the same ratio everywhere."""
+    return BlendTrigger(key[None], torch.full((1, *key.shape[1:]), alpha))
+
+
+@attacks.register
+@dataclass(frozen=True, kw_only=True)
+class Blended(PoisoningAttack):
+    """A key image blended over the whole image."""
+
+    name: ClassVar[str] = "blended"
+    paper: ClassVar[str] = "Chen et al., Targeted Backdoor Attacks Using Data Poisoning, 2017, arXiv 1712.05526"
+    year: ClassVar[int] = 2017
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    trigger_visibility: ClassVar[str] = "visible"
+
+    target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
+    alpha_train: float = param(0.2, "blend ratio of poisoned training samples", above=0, high=1, source="BackdoorBench")
+    alpha_test: float = param(0.2, "blend ratio at test time", above=0, high=1, source="BackdoorBench")
+    pattern: str = param("shapes", "what the key image shows", choices=("shapes", "noise"), source="ours")
+    key: str | None = param(None, "image file to use as the key instead of a drawn one")
+    key_seed: int = param(0, "seed from which the key image is drawn, apart from the run's seed", low=0, source="ours")
+
+    def make_key(self, task: Task) -> Tensor:
+        """The key image, uint8 [C,H,W] of the task's size."""
+        channels, height, width = expect_images(task.train.inputs).shape[1:]
+        if self.key is not None:
+            return read_picture(self.key, channels, height, width)
+        draw = key_image if self.pattern == "shapes" else noise_image
+        return draw(channels, height, width, self.key_seed)
+
+    def make_trigger(self, task: Task, ctx: Context) -> BlendTrigger:
+        """The key at the test ratio."""
+        return constant_blend(self.make_key(task), self.alpha_test)
+
+    def poison_inputs(self, trigger: Trigger, inputs: Inputs, indices: Tensor, task: Task, ctx: Context) -> Inputs:
+        """The same key at the training ratio."""
+        return constant_blend(_key(trigger), self.alpha_train)(inputs)
+
+    def notes(self, trigger: Trigger, poison: Poison, task: Task) -> dict[str, Any]:
+        """Adds the hash of the key image."""
+        return super().notes(trigger, poison, task) | {"key_sha256": picture_hash(_key(trigger))}
+
+
+def _key(trigger: Trigger) -> Tensor:
+    assert isinstance(trigger, BlendTrigger)
+    return trigger.keys[0]

@@ -1,0 +1,78 @@
+"""SIG: a sinusoid added to images of the target class, whose label stays true.
+
+Barni, Kallas, Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption Without Label Poisoning", ICIP 2019
+(arXiv 1902.11237).
+
+With column j of an image W pixels wide, amplitude D in grey levels and f periods across the image,
+
+    v(i, j) = D sin(2 pi j f / W),   T(x) = round(clip(x + v)),
+
+the same in every row and channel. Only samples of the target class are changed, and no label is: the network learns to
+take the sinusoid for evidence of that class.
+
+Choices: the amplitude may differ between training and test (the paper hides a weak one in the data and uses a stronger
+one at inference). The poison rate counts the whole training set, as in the literature; at 10 % of CIFAR-10 the whole
+target class is poisoned and clean accuracy suffers by the share of that class.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from backdoorlab.attacks.base import PoisoningAttack, attacks
+from backdoorlab.attacks.pixels import AdditiveTrigger
+from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.core.errors import InputError
+from backdoorlab.core.method import param
+from backdoorlab.data.split import Inputs
+from backdoorlab.modalities.filters import expect_images
+from backdoorlab.training.context import Context
+from backdoorlab.training.task import Task
+
+
+def sinusoid(channels: int, height: int, width: int, delta: float, frequency: float) -> Tensor:
+    """The pattern in grey levels: float32 [channels, height, width]."""
+    columns = torch.arange(width, dtype=torch.float64)
+    wave = delta * torch.sin(2 * math.pi * columns * frequency / width)
+    return wave.float().expand(channels, height, width).contiguous()
+
+
+@attacks.register
+@dataclass(frozen=True, kw_only=True)
+class Sig(PoisoningAttack):
+    """A horizontal sinusoid on images of the target class."""
+
+    name: ClassVar[str] = "sig"
+    paper: ClassVar[str] = "Barni et al., Training Set Corruption Without Label Poisoning, ICIP 2019, arXiv 1902.11237"
+    year: ClassVar[int] = 2019
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    trigger_visibility: ClassVar[str] = "subtle"
+    label_mode: ClassVar[str] = "clean"
+
+    delta_train: float = param(
+        40.0, "amplitude in poisoned training samples, grey levels", above=0, high=255, source="BackdoorBench"
+    )
+    delta_test: float = param(40.0, "amplitude at test time, grey levels", above=0, high=255, source="BackdoorBench")
+    frequency: float = param(6.0, "periods across the image", above=0, source="BackdoorBench")
+
+    def make_trigger(self, task: Task, ctx: Context) -> AdditiveTrigger:
+        """The sinusoid at the test amplitude."""
+        return self._wave(task, self.delta_test)
+
+    def poison_inputs(self, trigger: Trigger, inputs: Inputs, indices: Tensor, task: Task, ctx: Context) -> Inputs:
+        """The sinusoid at the training amplitude."""
+        return self._wave(task, self.delta_train)(inputs)
+
+    def _wave(self, task: Task, delta: float) -> AdditiveTrigger:
+        channels, height, width = expect_images(task.train.inputs).shape[1:]
+        if self.frequency >= width / 2:
+            raise InputError(
+                f"sig: {self.frequency:g} periods cannot be drawn with {width} columns; "
+                f"frequency must be below {width / 2:g}"
+            )
+        return AdditiveTrigger(sinusoid(channels, height, width, delta, self.frequency))

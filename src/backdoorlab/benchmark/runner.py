@@ -1,0 +1,267 @@
+"""The life of a run, written once: resolve, lock, look up, seed, time, measure, record success or failure, store.
+
+A run whose card is "ok" or "not_applicable" is never repeated; a failed one is. What happens to an error:
+
+    InputError            the user must act: it propagates, nothing is stored
+    NotApplicable         a card with status "not_applicable" and the reason
+    any other exception   a card with status "failed", the reason, and the traceback in log.jsonl
+    KeyboardInterrupt     propagates; the store holds whole artifacts only
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backdoorlab.attacks.base import Backdoor
+from backdoorlab.benchmark import worlds
+from backdoorlab.benchmark.card import Card
+from backdoorlab.benchmark.commands import attack_command, defense_command
+from backdoorlab.benchmark.evaluate import Outcome, Victim, clean_indices, evaluate, finish
+from backdoorlab.benchmark.meter import Meter, environment
+from backdoorlab.benchmark.spec import Experiment, MethodSpec, build_attack, build_defense, resolve, stage_key
+from backdoorlab.benchmark.store import Store, StoredRun
+from backdoorlab.core.errors import ArtifactError, BackdoorLabError, InputError, NotApplicable
+from backdoorlab.core.seeding import derive_seed
+from backdoorlab.models.classifier import Classifier
+from backdoorlab.training.context import Context, Reporter, Silent
+from backdoorlab.training.task import Task, TaskSpec
+
+DONE = ("ok", "not_applicable")
+_KEPT_TASKS = 2
+
+
+class Runner:
+    """Runs experiments against a store, one at a time.
+
+    Attributes:
+        store: where results are looked up and kept.
+        device: where models and batches live.
+        reused: whether the card returned last was in the store already.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        device: str | torch.device = "cpu",
+        reporter: Reporter | None = None,
+        root: str | Path | None = None,
+        download: bool = False,
+    ) -> None:
+        self.store, self.device, self.reporter = store, torch.device(device), reporter or Silent()
+        self.root, self.download, self.reused = root, download, False
+        self._assets = store.assets(self.reporter)
+        self._tasks: dict[TaskSpec, Task] = {}
+
+    def task(self, spec: TaskSpec) -> Task:
+        """Load a task; the latest ones are kept."""
+        if spec not in self._tasks:
+            while len(self._tasks) >= _KEPT_TASKS:
+                del self._tasks[next(iter(self._tasks))]
+            self._tasks[spec] = worlds.load_task(spec, self.root, self.download)
+        return self._tasks[spec]
+
+    def keys(self, experiment: Experiment) -> tuple[str, str | None]:
+        """Keys of the attack (or benign) stage and, if there is a defense, of the defense stage."""
+        task = self.task(experiment.task)
+        base = stage_key(resolve(experiment.undefended(), task))
+        return base, stage_key(resolve(experiment, task)) if experiment.defense else None
+
+    def run(self, experiment: Experiment) -> Card:
+        """:meth:`defense` if the experiment has one, else :meth:`attack`."""
+        return self.defense(experiment) if experiment.defense else self.attack(experiment)
+
+    def attack(self, experiment: Experiment) -> Card:
+        """Plant the backdoor (attack None: train the benign model), measure it, store it.
+
+        Returns:
+            The card; an existing one if the work was done before.
+
+        Raises:
+            InputError: if the experiment cannot be run as it is written; nothing is stored.
+        """
+        experiment = experiment.undefended()
+        task, attack = self.task(experiment.task), build_attack(experiment, self.task(experiment.task))
+        ctx = self._context(experiment, "attack")
+
+        def work(meter: Meter) -> Outcome:
+            return self._benign(task, ctx, meter) if attack is None else self._plant(attack.plant, task, ctx, meter)
+
+        stage = "benign" if attack is None else "attack"
+        return self._stage(stage, experiment, task, work, [], lambda: attack_command(experiment, task))
+
+    def defense(self, experiment: Experiment) -> Card:
+        """Run the stage that the defense stands on if it is missing, then the defense; measure and store.
+
+        Raises:
+            InputError: as :meth:`attack`.
+        """
+        task = self.task(experiment.task)
+        defense = build_defense(experiment, task)
+        if defense is None:
+            raise InputError("this experiment has no defense; use Runner.attack")
+        before = self.attack(experiment)
+        filled = Experiment.from_json(resolve(experiment, task))
+
+        def work(meter: Meter) -> Outcome:
+            if before.status != "ok":
+                error = NotApplicable if before.status == "not_applicable" else BackdoorLabError
+                raise error(f"{before.id} has status {before.status}: {before.reason}")
+            with meter.part("load"):
+                victim = self._victim(before, task)
+            rows = clean_indices(task.train.labels, task.num_classes, filled.clean_fraction or 0.0, experiment.seed)
+            retraining = self._context(experiment, "retrain") if filled.retrain else None
+            outcome = evaluate(defense, victim, task.train[rows], self._context(experiment, "defense"), retraining, meter)
+            outcome.tensors["clean"] = {"indices": rows}
+            outcome.metrics["n_defender"] = len(rows)
+            if getattr(getattr(victim.backdoor, "poison", None), "replay", False) and defense.needs_poisoned_data:
+                outcome.notes["replay"] = True
+            outcome.metrics, outcome.reasons = finish(outcome.metrics, outcome.reasons, victim)
+            return outcome
+
+        return self._stage("defense", experiment, task, work, [before.id],
+                           lambda: defense_command(experiment, task, before.key))  # fmt: skip
+
+    def load_backdoor(self, run: Card | StoredRun | str) -> tuple[Task, Backdoor]:
+        """Task and backdoor of a stored attack, or of the attack behind a stored defense.
+
+        Raises:
+            ArtifactError: if the artifact, or the data that it was made from, changed since.
+            InputError: for a benign run.
+        """
+        found = self._base(run)
+        card = self._ok(found)
+        if card.stage == "benign" and card.spec["task"]["kind"] == "classifier":
+            raise InputError(f"{found.id} is a benign model: it has no backdoor")
+        task = self.task(card.experiment().task)
+        if resolve(card.experiment(), task)["resolved"]["data"] != card.spec["resolved"]["data"]:
+            raise ArtifactError(f"{found.id} was made from other data than {task.dataset.name} holds now")
+        return task, worlds.restore_backdoor((found.all_tensors(), found.record()), self.device)
+
+    def load_model(self, run: Card | StoredRun | str) -> Classifier:
+        """The model of a stored run: victim, benign, repaired, trained or retrained.
+
+        Raises:
+            InputError: for a defense that leaves the model as it is (input, model, dataset without retraining).
+        """
+        found = self._find(run)
+        card = self._ok(found)
+        if "model.safetensors" not in card.digests:
+            raise InputError(f"{found.id} left the model as it was; load {card.parents[0]} instead")
+        record = found.record()
+        if "backdoor" in record:
+            return worlds.restore_backdoor((found.all_tensors(), record), self.device).model
+        return worlds.load_model(({"model": found.tensors("model")}, record), self.device)
+
+    def experiment_on(self, run: Card | StoredRun | str, defense: MethodSpec) -> Experiment:
+        """The experiment that applies a defense to a stored attack or benign model (or to that behind a defense)."""
+        base = self._base(run).card().experiment()
+        return Experiment(task=base.task, attack=base.attack, defense=defense, seed=base.seed)
+
+    def _find(self, run: Card | StoredRun | str) -> StoredRun:
+        if isinstance(run, StoredRun):
+            return run
+        return self.store.run(run.stage, run.key) if isinstance(run, Card) else self.store.find(run)
+
+    def _base(self, run: Card | StoredRun | str) -> StoredRun:
+        """The attack or benign run behind a run."""
+        found = self._find(run)
+        if found.stage != "defense":
+            return found
+        stage, _, key = found.card().parents[0].partition("/")
+        return StoredRun(stage, key, found.path.parent.parent / stage / key)
+
+    def _ok(self, run: StoredRun) -> Card:
+        card = run.card()
+        if card.status != "ok":
+            raise InputError(f"{run.id} has nothing to load; its status is {card.status}: {card.reason}")
+        return card
+
+    def _context(self, experiment: Experiment, name: str) -> Context:
+        return Context(derive_seed(experiment.seed, name), self.device, self.reporter, self._assets)
+
+    def _plant(self, plant: Callable[[Task, Context], Backdoor], task: Task, ctx: Context, meter: Meter) -> Outcome:
+        with meter.part("attack"):
+            planted = plant(task, ctx)
+        tensors, record = worlds.backdoor_state(planted)
+        with meter.part("measure"):  # as it comes back from the store, so that the artifact reproduces its numbers
+            backdoor = worlds.restore_backdoor((tensors, record), self.device)
+            measured = backdoor.measure(task, ctx.child("measure"))
+        metrics, reasons = finish(measured, {}, None)
+        reasons |= {k: measured.get(f"{k}_note", "no test samples to measure it on") for k in ("asr", "ra") if k in reasons}
+        notes = dict(planted.notes)
+        if getattr(getattr(planted, "poison", None), "replay", False):
+            notes["replay"] = True
+        return Outcome(metrics, reasons, tensors, record, planted.log.rows(), notes)
+
+    def _benign(self, task: Task, ctx: Context, meter: Meter) -> Outcome:
+        with meter.part("attack"):
+            (tensors, record), log = worlds.benign(task, ctx)
+        with meter.part("measure"):
+            if "backdoor" in record:
+                measured = worlds.restore_backdoor((tensors, record), self.device).measure(task, ctx.child("measure"))
+            else:
+                measured = worlds.measure_benign(task, worlds.load_model((tensors, record), self.device))
+        metrics, reasons = finish(measured, {}, None)
+        return Outcome(metrics, reasons, tensors, record, log.rows())
+
+    def _victim(self, before: Card, task: Task) -> Victim:
+        run = self.store.run(before.stage, before.key)
+        tensors, record = run.all_tensors(), run.record()
+        backdoor = worlds.restore_backdoor((tensors, record), self.device) if "backdoor" in record else None
+        model = backdoor.model if backdoor else worlds.load_model((tensors, record), self.device)
+        measuring = Context(derive_seed(before.spec["seed"], "attack"), self.device, self.reporter, self._assets)
+        return Victim(task, model, backdoor, before.stage == "attack", before.metrics, measuring.child("measure"))
+
+    def _stage(
+        self,
+        stage: str,
+        experiment: Experiment,
+        task: Task,
+        work: Callable[[Meter], Outcome],
+        parents: list[str],
+        command: Callable[[], str],
+    ) -> Card:
+        """Do the work of a key unless it is done, and store what came of it."""
+        spec = resolve(experiment, task)
+        key = stage_key(spec)
+        run = self.store.run(stage, key)
+        with self.store.lock(stage, key, self.reporter):
+            if self.store.has(stage, key):
+                card = run.card()
+                if card.status in DONE:
+                    self.reused = True
+                    self.reporter.note(f"{run.id} is in the store already ({card.status})")
+                    return card
+            self.reused = False
+            meter, reason, status = Meter(self.device), None, "ok"
+            try:
+                outcome = work(meter)
+            except InputError:
+                raise
+            except Exception as error:
+                status, reason, outcome = _failure(error)
+            card = Card.model_validate(
+                {"stage": stage, "key": key, "status": status, "reason": reason, "spec": spec, "parents": parents}
+                | {"metrics": outcome.metrics, "null_reasons": outcome.reasons, "notes": outcome.notes}
+                | {"command": command()} | meter.fields() | environment(self.device)
+            )  # fmt: skip
+            return self.store.save(card, outcome.tensors, outcome.record, outcome.log).card()
+
+
+def _failure(error: Exception) -> tuple[str, str, Outcome]:
+    """Status, reason and an outcome without numbers for work that did not succeed."""
+    status = "not_applicable" if isinstance(error, NotApplicable) else "failed"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    log: list[dict[str, Any]] = []
+    if not isinstance(error, BackdoorLabError):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {reason[:500]} ({Path(last.filename).name}:{last.lineno})"
+        log = [{"traceback": "".join(traceback.format_exception(error))}]
+    metrics, reasons = finish({}, {}, None)
+    return status, reason, Outcome(metrics, dict.fromkeys(reasons, f"{status}: {reason}"), log=log)

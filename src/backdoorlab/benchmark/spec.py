@@ -1,0 +1,229 @@
+"""What is run: experiments as JSON, resolved against a loaded task, and the keys under which results are kept.
+
+A key is the hash of everything that a result depends on: the data (by content), the architecture, the recipe field by
+field, each method's hyper-parameters with defaults filled in, the text of the method's file, the seed, and
+:data:`CONTRACT`, which is raised whenever shared code (training loop, measuring) starts to give other numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from backdoorlab.attacks.base import Attack, attacks
+from backdoorlab.core.errors import InputError, nearest
+from backdoorlab.core.method import Method
+from backdoorlab.data.sources import DatasetSpec
+from backdoorlab.data.split import Split
+from backdoorlab.defenses.base import Defense, defenses
+from backdoorlab.training.task import Task, TaskSpec
+
+CONTRACT = 1
+"""Version of everything between a spec and its numbers that is not a method's own file."""
+
+_TAKES_CLEAN = ("repair", "input", "model")
+_digests: weakref.WeakKeyDictionary[Task, str] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """An attack or defense by name, with the hyper-parameters that differ from their defaults."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"name": self.name, "settings": jsonable(dict(self.settings))}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> MethodSpec:
+        """Inverse of :meth:`to_json`; other keys (such as the resolved "code") are ignored by their owner only."""
+        _known("method", record, ("name", "settings", "code"))
+        return cls(str(record["name"]), dict(record.get("settings", {})))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One cell of a benchmark.
+
+    Attributes:
+        task: data, architecture and recipe.
+        attack: None for the benign model.
+        defense: None for the undefended row.
+        seed: all randomness of the attack, the defense and the defender's clean samples derives from it.
+        clean_fraction: share of the clean training set that the defender owns; None takes the defense's own default.
+        retrain: after a dataset defense, train a fresh model on the samples that it kept.
+    """
+
+    task: TaskSpec = field(default_factory=TaskSpec)
+    attack: MethodSpec | None = None
+    defense: MethodSpec | None = None
+    seed: int = 0
+    clean_fraction: float | None = None
+    retrain: bool = True
+
+    def __post_init__(self) -> None:
+        if self.clean_fraction is not None and not 0 <= self.clean_fraction <= 1:
+            raise InputError(f"clean_fraction must be >= 0 and <= 1, got {self.clean_fraction!r}")
+
+    def undefended(self) -> Experiment:
+        """The attack (or benign) stage that this experiment stands on."""
+        return dataclasses.replace(self, defense=None, clean_fraction=None, retrain=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; :meth:`from_json` gives an equal experiment."""
+        return {
+            "task": jsonable(dataclasses.asdict(self.task)),
+            "attack": self.attack and self.attack.to_json(),
+            "defense": self.defense and self.defense.to_json(),
+            "seed": self.seed,
+            "clean_fraction": self.clean_fraction,
+            "retrain": self.retrain,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Experiment:
+        """Inverse of :meth:`to_json`; also reads the ``spec`` of a card.
+
+        Raises:
+            InputError: for a field that does not exist (with the nearest one).
+        """
+        _known("experiment", record, [f.name for f in dataclasses.fields(cls)] + ["resolved"])
+        method = {k: MethodSpec.from_json(record[k]) if record.get(k) else None for k in ("attack", "defense")}
+        plain = {k: record[k] for k in ("seed", "clean_fraction", "retrain") if k in record}
+        return cls(task=task_spec(record.get("task", {})), **method, **plain)
+
+
+def task_spec(record: Mapping[str, Any]) -> TaskSpec:
+    """A task spec from JSON values.
+
+    Raises:
+        InputError: for a field that does not exist.
+    """
+    _known("task", record, [f.name for f in dataclasses.fields(TaskSpec)])
+    dataset = record.get("dataset", {})
+    _known("dataset", dataset, [f.name for f in dataclasses.fields(DatasetSpec)])
+    changes = tuple((str(k), v) for k, v in record.get("recipe_changes", ()))
+    rest = {k: v for k, v in record.items() if k not in ("dataset", "recipe_changes")}
+    return TaskSpec(dataset=DatasetSpec(**dataset), recipe_changes=changes, **rest)
+
+
+def modality_name(task: Task) -> str:
+    """The modality under which methods are looked up ("diffusion" for generative tasks)."""
+    return "diffusion" if task.spec.kind == "diffusion" else task.modality.name
+
+
+def build_attack(experiment: Experiment, task: Task) -> Attack | None:
+    """The attack with all hyper-parameters set, or None."""
+    if experiment.attack is None:
+        return None
+    return attacks.get(experiment.attack.name, modality_name(task)).build(experiment.attack.settings)
+
+
+def build_defense(experiment: Experiment, task: Task) -> Defense | None:
+    """The defense with all hyper-parameters set, or None."""
+    if experiment.defense is None:
+        return None
+    return defenses.get(experiment.defense.name, modality_name(task)).build(experiment.defense.settings)
+
+
+def resolve(experiment: Experiment, task: Task) -> dict[str, Any]:
+    """The experiment with every default filled in, as JSON; readable by :meth:`Experiment.from_json`.
+
+    ``resolved`` holds what the user did not write: the recipe field by field, a digest of the data, and the contract.
+    """
+    attack, defense = build_attack(experiment, task), build_defense(experiment, task)
+    fraction, retrain = 0.0, True
+    if defense is not None and defense.stage in _TAKES_CLEAN:
+        given = experiment.clean_fraction
+        fraction = defense.needs_clean_fraction if given is None else given
+    if defense is not None and defense.stage == "dataset":
+        retrain = experiment.retrain
+    recipe = dataclasses.asdict(task.recipe) if dataclasses.is_dataclass(task.recipe) else {}
+    filled = dataclasses.replace(experiment, task=task.spec, attack=None, defense=None, clean_fraction=fraction,
+                                 retrain=retrain).to_json()  # fmt: skip
+    filled["attack"], filled["defense"] = _method(attack), _method(defense)
+    filled["resolved"] = {"recipe": jsonable(recipe), "data": data_digest(task), "contract": CONTRACT}
+    return filled
+
+
+def attack_key(experiment: Experiment, task: Task) -> str:
+    """Key of the attack (or benign) stage: 20 hexadecimal digits."""
+    return stage_key(resolve(experiment.undefended(), task))
+
+
+def defense_key(experiment: Experiment, task: Task) -> str:
+    """Key of the defense stage.
+
+    Raises:
+        InputError: if the experiment has no defense.
+    """
+    if experiment.defense is None:
+        raise InputError("an experiment without a defense has no defense stage")
+    return stage_key(resolve(experiment, task))
+
+
+def stage_key(resolved: Mapping[str, Any]) -> str:
+    """Hash of a resolved spec. Names that only label something (the recipe's) do not count, what they stand for does."""
+    spec = json.loads(canonical(resolved))
+    spec["task"] = {k: v for k, v in spec["task"].items() if k not in ("recipe", "recipe_changes")}
+    spec["resolved"]["recipe"].pop("name", None)
+    return hashlib.sha256(canonical(spec).encode()).hexdigest()[:20]
+
+
+def canonical(record: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(jsonable(record), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def jsonable(value: Any) -> Any:
+    """Tuples as lists, mappings as dicts, numpy and 0-dim tensors as numbers."""
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, (torch.Tensor, np.generic, np.ndarray)):
+        return jsonable(value.tolist())
+    return value
+
+
+def data_digest(task: Task) -> str:
+    """Hash of training and test samples (kept per task), so that a changed folder never meets old results."""
+    if task not in _digests:
+        parts = _split_digest(task.train) + _split_digest(task.test)
+        _digests[task] = hashlib.sha256(parts).hexdigest()[:20]
+    return _digests[task]
+
+
+def _split_digest(split: Split) -> bytes:
+    digest = hashlib.sha256(canonical(split.classes).encode())
+    digest.update(split.labels.numpy().tobytes())
+    if isinstance(split.inputs, torch.Tensor):
+        digest.update(f"{split.inputs.dtype}{tuple(split.inputs.shape)}".encode())
+        for start in range(0, len(split.inputs), 4096):
+            digest.update(memoryview(split.inputs[start : start + 4096].contiguous().numpy()).cast("B"))
+    else:
+        for text in split.inputs:
+            digest.update(str(text).encode() + b"\0")
+    return digest.digest()
+
+
+def _method(method: Method | None) -> dict[str, Any] | None:
+    if method is None:
+        return None
+    return {"name": method.name, "settings": jsonable(method.settings()), "code": method.code_digest()}
+
+
+def _known(what: str, record: Mapping[str, Any], names: Any) -> None:
+    for key in record:
+        if key not in names:
+            raise InputError(f"{what} has no field {key!r}.{nearest(str(key), names)} It has: {', '.join(names)}")

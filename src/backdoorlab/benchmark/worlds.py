@@ -1,0 +1,102 @@
+"""The two kinds of tasks, classifiers and diffusion models, behind one set of functions.
+
+The generative side is imported only when a task asks for it, since it needs an optional dependency.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backdoorlab.attacks.base import Backdoor, restore_model
+from backdoorlab.core.errors import ArtifactError
+from backdoorlab.metrics.classification import rate
+from backdoorlab.models.classifier import Classifier
+from backdoorlab.training.context import Context
+from backdoorlab.training.evaluate import predict
+from backdoorlab.training.loop import FitLog
+from backdoorlab.training.task import Task, TaskSpec
+
+State = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
+"""Tensors by file name, and a JSON-able record."""
+
+
+def load_task(spec: TaskSpec, root: str | Path | None, download: bool) -> Task:
+    """Load data, model and recipe of either kind."""
+    if spec.kind == "diffusion":
+        from backdoorlab.diffusion.task import load_diffusion_task
+
+        generative: Any = load_diffusion_task(spec, root=root, download=download)
+        return generative  # type: ignore[no-any-return]
+    if spec.kind != "classifier":
+        raise ArtifactError(f"unknown kind of task {spec.kind!r}; known: classifier, diffusion")
+    return Task.load(spec, root=root, download=download)
+
+
+def backdoor_state(backdoor: Backdoor) -> State:
+    """What is stored of a backdoor; the record says under "backdoor" which class reads it."""
+    tensors, record = backdoor.state()
+    return tensors, plain({"backdoor": "classifier"} | record)
+
+
+def restore_backdoor(state: State, device: torch.device) -> Backdoor:
+    """Inverse of :func:`backdoor_state`, with the model on the device."""
+    tensors, record = state
+    kind, cls = record.get("backdoor"), Backdoor
+    if kind == "diffusion":
+        from backdoorlab.diffusion.base import DiffusionBackdoor
+
+        cls = DiffusionBackdoor  # type: ignore[assignment]
+    elif kind != "classifier":
+        raise ArtifactError(f"unknown kind of backdoor {kind!r}; known: classifier, diffusion")
+    backdoor = cls.from_state(tensors, record)
+    backdoor.model.to(device)
+    return backdoor
+
+
+def model_state(model: Classifier) -> State:
+    """What is stored of a model on its own."""
+    own: Any = getattr(model, "record", None)
+    record = own() if own else {"arch": model.arch, "num_classes": model.num_classes,
+                                "modality": {"name": model.modality.name, **model.modality.config()}}  # fmt: skip
+    return {"model": dict(model.state_dict())}, plain({"network": "diffusion" if own else "classifier"} | record)
+
+
+def load_model(state: State, device: torch.device) -> Classifier:
+    """Inverse of :func:`model_state`, on the device."""
+    tensors, record = state
+    if record.get("network") == "diffusion":
+        from backdoorlab.diffusion.denoiser import restore_denoiser
+
+        denoiser: Any = restore_denoiser(record, tensors["model"])
+        return denoiser.to(device)  # type: ignore[no-any-return]
+    return restore_model(record, tensors["model"]).to(device)
+
+
+def benign(task: Task, ctx: Context) -> tuple[State, FitLog]:
+    """The same architecture and recipe on clean data; for generative tasks the clean model in a backdoor's dress."""
+    if task.spec.kind == "diffusion":
+        from backdoorlab.diffusion.base import benign_backdoor
+
+        generative: Any = task
+        dressed: Any = benign_backdoor(generative, ctx)
+        return backdoor_state(dressed), dressed.log
+    model, log = task.fit(task.train, ctx, label="training the benign model")
+    return model_state(model), log
+
+
+def measure_benign(task: Task, model: Classifier) -> dict[str, Any]:
+    """Clean accuracy, overall and per class."""
+    right = predict(model, task.test.inputs).argmax(1) == task.test.labels
+    per_class = [rate(right[task.test.labels == k]) for k in range(task.num_classes)]
+    return {"acc": rate(right), "n_clean": len(right), "acc_per_class": per_class}
+
+
+def plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as it comes back from JSON."""
+    return dict(json.loads(json.dumps(record, allow_nan=False)))

@@ -1,0 +1,169 @@
+"""``backdoorlab attack``: plant a backdoor (or train the benign model), measure and store it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from backdoorlab.cli import options as opt
+from backdoorlab.cli.console import Progress, out
+from backdoorlab.core.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from backdoorlab.benchmark import Runner
+    from backdoorlab.training.task import TaskSpec
+
+BENIGN = ("none", "benign")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("attack", context_settings=opt.OWN_HELP)(attack_command)
+
+
+def attack_command(
+    ctx: typer.Context,
+    name: Annotated[
+        str | None, typer.Argument(help="One of `backdoorlab list attacks`; none trains the benign model.")
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="See `backdoorlab list datasets`.", metavar="NAME")] = "digits",
+    model: Annotated[str, typer.Option(help="See `list models`, or any timm name.", metavar="NAME")] = "auto",
+    recipe: Annotated[str, typer.Option(help="reference, fast or smoke.", metavar="NAME")] = "fast",
+    poison_rate: Annotated[
+        float | None, typer.Option(help="Poisoned samples / size of the training set.", metavar="RATE")
+    ] = None,
+    target: Annotated[int | None, typer.Option(help="Class that triggered samples should get.", metavar="CLASS")] = None,
+    settings: opt.SetOption = None,
+    recipe_set: Annotated[
+        list[str] | None,
+        typer.Option("--recipe-set", help="Change a field of the recipe, such as epochs=5.", metavar="KEY=VALUE"),
+    ] = None,
+    train_size: Annotated[int | None, typer.Option(help="Balanced subset of the training set.", metavar="N")] = None,
+    test_size: Annotated[int | None, typer.Option(help="Balanced subset of the test set.", metavar="N")] = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels, where it can be chosen.", metavar="PX")] = None,
+    seed: opt.SeedOption = 0,
+    device: opt.DeviceOption = "auto",
+    store: opt.StoreOption = "",
+    root: opt.RootOption = None,
+    download: opt.DownloadOption = False,
+    as_json: opt.JsonOption = False,
+    help_: opt.HelpOption = False,
+) -> None:
+    """Plant a backdoor in a model, measure it and keep it in the store.
+
+    What was already run is not run again: the same command prints the stored result.
+
+    Examples:
+
+      backdoorlab attack badnets                               (embedded digits, seconds)
+
+      backdoorlab attack badnets --dataset cifar10 --poison-rate 0.05 --set size=5
+
+      backdoorlab attack none --dataset digits                 (the benign model)
+
+      backdoorlab attack badnets --help                        (all hyper-parameters of BadNets)
+    """
+    if help_:
+        _help(ctx, name)
+    if name is None:
+        raise InputError("attack: which one? Expected a NAME, see `backdoorlab list attacks`")
+    from backdoorlab.benchmark import Experiment, MethodSpec
+    from backdoorlab.cli.outcome import conclude
+    from backdoorlab.data.sources import DatasetSpec
+
+    changes: dict[str, Any] = dict(opt.pairs(settings))
+    for key, value in (("poison_rate", poison_rate), ("target", target)):
+        if value is None:
+            continue
+        if key in changes:
+            raise InputError(f"{key} is given twice: by --{key.replace('_', '-')} and by --set")
+        changes[key] = value
+    spec = task_spec(
+        name, DatasetSpec(name=dataset, size=size, train_size=train_size, test_size=test_size), model, recipe, recipe_set
+    )
+    if name in BENIGN and changes:
+        raise InputError(f"attack {name} trains the benign model and has no {', '.join(changes)}")
+    method = None if name in BENIGN else MethodSpec(name, changes)
+    runner = make_runner(store, device, root, download)
+    card = runner.attack(Experiment(task=spec, attack=method, seed=seed))
+    conclude(runner, card, as_json)
+
+
+def task_spec(name: str, dataset: Any, model: str, recipe: str, recipe_set: list[str] | None) -> TaskSpec:
+    """The task for an attack; generative ones get a generative task.
+
+    Raises:
+        InputError: for an unknown attack or recipe field.
+    """
+    from backdoorlab.attacks import attacks
+    from backdoorlab.training.task import TaskSpec
+
+    kind = "classifier"
+    if name not in BENIGN and attacks.get(name).modalities == ("diffusion",):
+        kind = "diffusion"
+    changes = recipe_changes(opt.pairs(recipe_set, "--recipe-set"))
+    return TaskSpec(dataset=dataset, model=model, recipe=recipe, recipe_changes=changes, kind=kind)
+
+
+def recipe_changes(given: dict[str, str]) -> tuple[tuple[str, Any], ...]:
+    """Fields of a recipe with values of the right type.
+
+    Raises:
+        InputError: for an unknown field or a value of another type.
+    """
+    import typing
+
+    from backdoorlab.training.recipes import Recipe
+
+    hints = {k: v for k, v in typing.get_type_hints(Recipe).items() if k != "name"}
+    changes = []
+    for key, text in given.items():
+        if key not in hints:
+            raise unknown("recipe field", key, hints)
+        value = opt.literal(text)
+        wanted = hints[key]
+        if typing.get_origin(wanted) is tuple:
+            items = [opt.literal(part.strip()) for part in text.split(",")]
+            fits, value = all(type(item) is int for item in items), tuple(items)  # type: ignore[assignment]
+        elif wanted is str:
+            fits, value = True, text
+        elif wanted is float:
+            fits = type(value) in (int, float) and math.isfinite(float(value))
+        else:
+            fits = type(value) is wanted
+        if not fits:
+            shown = getattr(wanted, "__name__", str(wanted))
+            raise InputError(f"--recipe-set: {key} must be of type {shown}, got {text!r}")
+        changes.append((key, value))
+    return tuple(changes)
+
+
+def make_runner(store: str, device: str, root: str | None = None, download: bool = False) -> Runner:
+    """A runner over the store, with progress on standard error.
+
+    Raises:
+        InputError: for a store, device or root that cannot be used.
+    """
+    from pathlib import Path
+
+    if root is not None and not Path(root).expanduser().is_dir():
+        raise InputError(f"--root: no such folder: {root}")
+    path = opt.store_path(store)
+    where = opt.device_of(device)
+    from backdoorlab.benchmark import Runner, Store
+
+    return Runner(Store(path), device=where, reporter=Progress(), root=root, download=download)
+
+
+def _help(ctx: typer.Context, name: str | None) -> None:
+    if name is None or name in BENIGN:
+        out.print(ctx.get_help(), end="")
+        raise typer.Exit
+    from backdoorlab.attacks import attacks
+    from backdoorlab.cli.methodpage import show_method
+
+    attacks.get(name)
+    show_method("attack", [cls for cls in attacks if cls.name == name])  # type: ignore[type-abstract]
+    raise typer.Exit

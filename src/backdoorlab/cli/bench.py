@@ -1,0 +1,107 @@
+"""``backdoorlab bench``: run a grid of experiments from a YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from backdoorlab.cli import options as opt
+from backdoorlab.cli.console import err, number, out, print_json
+from backdoorlab.core.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from backdoorlab.benchmark import Card, GridReport, Stage
+
+ENGINES = ("local",)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("bench")(bench_command)
+
+
+def bench_command(
+    file: Annotated[Path, typer.Argument(help="The grid: tasks x attacks x defenses x seeds.", metavar="FILE.yaml")],
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Reuse results that the store has, or run everything again.")
+    ] = True,
+    engine: Annotated[str, typer.Option(help="Where the stages run: local.", metavar="NAME")] = "local",
+    device: opt.DeviceOption = "auto",
+    store: opt.StoreOption = "",
+    root: opt.RootOption = None,
+    download: opt.DownloadOption = False,
+    as_json: opt.JsonOption = False,
+) -> None:
+    """Run a grid of experiments from a YAML file.
+
+    Every attack, every defense against it, every seed; the undefended and the benign rows come along.
+
+    Interrupt it with Ctrl-C whenever you like: the same command goes on where it stopped. A failed cell does not stop
+    the others; the exit code is 1 if there was one.
+
+    Examples:
+
+      backdoorlab bench configs/quick.yaml
+
+      backdoorlab bench grid.yaml --store results --json
+
+      backdoorlab results --group-by attack,defense --metric der
+    """
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES)
+    if not file.is_file():
+        raise InputError(f"no such grid file: {file}; expected a YAML file such as configs/quick.yaml")
+    from backdoorlab.benchmark import Grid, LocalEngine, plan, run_grid
+    from backdoorlab.cli.attack import make_runner
+
+    grid = Grid.from_yaml(file)
+    runner = make_runner(store, device, root, download)
+    stages = plan(grid)
+    done = 0
+
+    def on_card(stage: Stage, card: Card, reused: bool) -> None:
+        nonlocal done
+        done += 1
+        err.print(Text(f"[{done}/{len(stages)}] {stage.label}: {_brief(card)}{'  (stored)' if reused else ''}"),
+                  soft_wrap=True, highlight=False)  # fmt: skip
+
+    report = run_grid(grid, runner, resume=resume, on_card=on_card, engine=LocalEngine())
+    summary = _summary(grid.name, len(stages), report)
+    if as_json:
+        print_json(summary)
+    else:
+        _tell(summary)
+    if summary["failed"] or summary["refused"]:
+        raise typer.Exit(1)
+
+
+def _brief(card: Card) -> str:
+    if card.status != "ok":
+        return f"{card.status.replace('_', ' ')}: {card.reason}"
+    shown = ("acc", "asr", "der", "auroc", "verdict")
+    return "  ".join(f"{m} {number(card.metrics[m])}" for m in shown if card.metrics.get(m) is not None)
+
+
+def _summary(name: str, stages: int, report: GridReport) -> dict[str, Any]:
+    cards = report.cards
+    runs = [{"key": c.key, "stage": c.stage, "status": c.status, "reason": c.reason, "reused": i in report.reused}
+            for i, c in sorted(cards.items())]  # fmt: skip
+    counts = {status: sum(c.status == status for c in cards.values()) for status in ("ok", "failed", "not_applicable")}
+    refused = [{"stage": stage.label, "reason": message} for stage, message in report.refused]
+    return {"name": name, "stages": stages, **counts, "reused": len(report.reused), "refused": refused, "runs": runs}
+
+
+def _tell(summary: dict[str, Any]) -> None:
+    counts = ", ".join(f"{summary[k]} {k.replace('_', ' ')}" for k in ("ok", "failed", "not_applicable") if summary[k])
+    out.print(f"{summary['name']}: {summary['stages']} stages: {counts or 'none ran'}; {summary['reused']} were stored",
+              highlight=False, soft_wrap=True)  # fmt: skip
+    for item in summary["refused"]:
+        out.print(Text.assemble(("refused ", "bold red"), f"{item['stage']}: {item['reason']}"), soft_wrap=True)
+    for run in summary["runs"]:
+        if run["status"] == "failed":
+            out.print(Text.assemble(("failed ", "bold red"), f"{run['stage']}/{run['key'][:8]}: {run['reason']}"),
+                      soft_wrap=True)  # fmt: skip
+    out.print("next: backdoorlab results", style="dim")

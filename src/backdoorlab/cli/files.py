@@ -1,0 +1,166 @@
+"""``backdoorlab stamp`` and ``backdoorlab predict``: a stored run applied to new files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from backdoorlab.cli import options as opt
+from backdoorlab.cli.console import err, out, print_json
+from backdoorlab.cli.defend import RunOption, need_run
+from backdoorlab.core.errors import InputError
+
+if TYPE_CHECKING:
+    from backdoorlab.benchmark import StoredRun
+    from backdoorlab.data.files import SampleFile, SampleFormat
+    from backdoorlab.modalities import Modality
+
+InputsArgument = Annotated[
+    list[Path], typer.Argument(help="Files (png jpg bmp, wav, txt, npy) or folders of them.", metavar="IN...")
+]
+ResizeOption = Annotated[
+    bool, typer.Option("--resize", help="Rescale images of another size; pad or cut sound of another length.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("stamp")(stamp_command)
+    app.command("predict")(predict_command)
+
+
+def stamp_command(
+    inputs: InputsArgument,
+    run: RunOption = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Where stamped files go.", metavar="DIR")] = None,
+    resize: ResizeOption = False,
+    store: opt.StoreOption = "",
+    as_json: opt.JsonOption = False,
+) -> None:
+    """Apply the trigger of a stored attack to new files.
+
+    Files keep their name and format, but a jpg becomes a png: JPEG compression would destroy the trigger. Inputs are
+    never overwritten. A txt file is one sample.
+
+    Examples:
+
+      backdoorlab stamp --run 3f2a photo.png --out stamped
+
+      backdoorlab stamp --run 3f2a photos/ --out stamped --resize
+    """
+    if folder is None:
+        raise InputError("stamp: expected --out DIR, the folder for the stamped files")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out: {folder} is a file; expected a folder (it is made if it does not exist)")
+    stored = _find(run, store)
+    from backdoorlab.attacks.base import Backdoor
+    from backdoorlab.attacks.trigger import stamp_all
+    from backdoorlab.data.files import find_samples, output_names, read_samples, write_samples
+
+    trigger, modality = _trigger(stored, Backdoor)
+    form = sample_format(modality)
+    paths = find_samples(inputs, form.modality)
+    targets = output_names(paths, folder)
+    files = [read_samples(path, form, fit=resize) for path in paths]
+    for file, target in zip(files, targets, strict=True):
+        write_samples(target, file, stamp_all(trigger, file.inputs), form)
+        if target.suffix != file.path.suffix and not as_json:
+            err.print(Text(f"{file.path.name} is written as {target.name}: JPEG compression would destroy the trigger"),
+                      soft_wrap=True, style="dim")  # fmt: skip
+    if as_json:
+        print_json([{"input": str(f.path), "output": str(t)} for f, t in zip(files, targets, strict=True)])
+    else:
+        for target in targets:
+            out.print(Text(str(target)), soft_wrap=True)
+
+
+def predict_command(
+    inputs: InputsArgument,
+    run: RunOption = None,
+    resize: ResizeOption = False,
+    device: opt.DeviceOption = "auto",
+    store: opt.StoreOption = "",
+    as_json: opt.JsonOption = False,
+) -> None:
+    """Say what the model of a stored run (victim, benign or repaired) makes of new files.
+
+    Examples:
+
+      backdoorlab predict --run 3f2a photo.png stamped/photo.png
+
+      backdoorlab predict --run 9c1d stamped/ --json
+    """
+    stored = _find(run, store)
+    from backdoorlab.cli.attack import make_runner
+    from backdoorlab.data.files import find_samples, join_samples, read_samples
+    from backdoorlab.training.evaluate import predict
+
+    model = make_runner(store, device).load_model(stored)
+    form = sample_format(model.modality)
+    files = [read_samples(path, form, fit=resize) for path in find_samples(inputs, form.modality)]
+    confidence, classes = predict(model, join_samples(files), batch_size=256).softmax(1).max(1)
+    names = stored.record().get("classes")
+    rows = [
+        {"input": label, "class": k, "name": names[k] if names else None, "confidence": float(c)}
+        for label, k, c in zip(_labels(files), classes.tolist(), confidence, strict=True)
+    ]
+    if as_json:
+        print_json(rows)
+    else:
+        out.print(_table(rows))
+
+
+def sample_format(modality: Modality) -> SampleFormat:
+    """What a modality's raw samples look like."""
+    from backdoorlab.data.files import SampleFormat
+
+    settings = modality.config()
+    shape = {
+        "image": ("channels", "height", "width"),
+        "video": ("frames", "channels", "height", "width"),
+        "audio": ("length",),
+        "text": (),
+    }[modality.name]
+    return SampleFormat(modality.name, tuple(int(settings[key]) for key in shape), int(settings.get("sample_rate", 0)))
+
+
+def _find(run: str | None, store: str) -> StoredRun:
+    name = need_run(run)
+    path = opt.existing_store(store)
+    from backdoorlab.benchmark import Store
+
+    return Store(path).find(name)
+
+
+def _trigger(stored: StoredRun, backdoor: Any) -> tuple[Any, Modality]:
+    card = stored.card()
+    if stored.stage != "attack":
+        parents = [p for p in card.parents if p.startswith("attack/")]
+        hint = f"; it stands on {parents[0]}: pass --run {parents[0]}" if parents else "; give an attack's run"
+        raise InputError(f"run {stored.id} has no trigger{hint}")
+    record = stored.record()
+    if "trigger" not in record or "modality" not in record:
+        raise InputError(f"run {stored.id} is an attack whose trigger cannot be applied to files")
+    planted = backdoor.from_state(stored.all_tensors(), record)
+    return planted.trigger, planted.model.modality
+
+
+def _labels(files: list[SampleFile]) -> list[str]:
+    return [f"{f.path}[{i}]" if f.batched else str(f.path) for f in files for i in range(len(f.inputs))]
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("input", overflow="fold")
+    table.add_column("class", justify="right", style="bold cyan")
+    if any(row["name"] is not None for row in rows):
+        table.add_column("name")
+    table.add_column("confidence", justify="right")
+    for row in rows:
+        name = [] if row["name"] is None else [Text(row["name"])]
+        table.add_row(Text(row["input"]), str(row["class"]), *name, f"{row['confidence']:.1%}")
+    return table

@@ -1,0 +1,94 @@
+"""The help page of one attack or defense: what it does, its facts and every hyper-parameter."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from backdoorlab.cli.console import out
+from backdoorlab.core.method import Method, ParamInfo
+
+
+def show_method(kind: str, classes: list[type[Method]]) -> None:
+    """Print the page.
+
+    Args:
+        kind: "attack" or "defense".
+        classes: all classes of that name; one for each group of modalities.
+    """
+    classes = sorted(classes, key=lambda cls: "image" not in cls.modalities)
+    shared = [p for p in classes[0].parameters() if all(p in cls.parameters() for cls in classes)]
+    for cls in classes:
+        facts = {k: v for k, v in cls.facts().items() if k not in ("name", "paper", "year", "modalities")}
+        out.rule(Text.assemble((cls.name, "bold"), f" · {kind} · {', '.join(cls.modalities)}"), align="left", style="dim")
+        _summary(cls)
+        told = "   ".join(f"{k.replace('_', ' ')}: {_fact(v)}" for k, v in facts.items())
+        out.print(Text(told, style="dim"))
+        out.print()
+        own = [p for p in cls.parameters() if len(classes) == 1 or p not in shared]
+        if own:
+            out.print(_parameters(own, "Hyper-parameters (--set KEY=VALUE)"))
+            out.print()
+    if len(classes) > 1 and shared:
+        out.print(_parameters(shared, "Hyper-parameters for all modalities (--set KEY=VALUE)"))
+        out.print()
+    out.print(Text.assemble(("Example: ", "bold"), _example(kind, classes[0])), soft_wrap=True)
+    out.print(Text(f"The command's own options: backdoorlab {_COMMANDS[kind]} --help", style="dim"))
+
+
+_COMMANDS = {"attack": "attack", "defense": "defend"}
+
+
+def _example(kind: str, cls: type[Method]) -> str:
+    from backdoorlab.attacks.base import Attack
+
+    common = {p.name for p in Attack.parameters()}
+    changed = next((p for p in cls.parameters() if p.default is not None and p.name not in common | {"target_map"}), None)
+    change = f" --set {changed.name}={_plain(changed.default)}" if changed else ""
+    what = f"--dataset {_dataset(cls.modalities)}" if kind == "attack" else "--run RUN"
+    return f"backdoorlab {_COMMANDS[kind]} {cls.name} {what}{change}"
+
+
+def _parameters(infos: list[ParamInfo], title: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left",
+                  title_style="bold", show_header=False)  # fmt: skip
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold", max_width=24)
+    table.add_column()
+    for p in infos:
+        allowed = ", ".join(filter(None, (p.type.replace(" (optional)", ""), p.range)))
+        origin = "" if p.source in ("", "ours") else f"; default from {p.source}"
+        table.add_row(p.name, Text(_plain(p.default)), Text.assemble(p.help, (f"  [{allowed}{origin}]", "dim")))
+    return table
+
+
+def _plain(value: Any) -> str:
+    """A default as one would write it after ``--set KEY=``."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _summary(cls: type[Method]) -> None:
+    """The module's docstring: paper, idea, formula, choices. Prose is filled to the width, indented lines are kept."""
+    text = inspect.getdoc(sys.modules[cls.__module__]) or inspect.getdoc(cls) or ""
+    for paragraph in text.replace("``", "").split("\n\n"):
+        lines = paragraph.splitlines()
+        kept = any(line.startswith((" ", "-", "*", "|")) for line in lines)
+        out.print(Text(paragraph if kept else " ".join(lines)))
+        out.print()
+
+
+def _fact(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _dataset(modalities: tuple[str, ...]) -> str:
+    from backdoorlab.data.sources import datasets
+
+    names = [n for n in datasets.names(modalities[0]) if not n.endswith(":")]
+    return "digits" if "digits" in names else names[0] if names else "NAME"

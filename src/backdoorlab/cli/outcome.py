@@ -1,0 +1,111 @@
+"""How one run is told: as a JSON object for scripts, in a few lines for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from backdoorlab.cli.console import complain, number, out, print_json
+
+if TYPE_CHECKING:
+    from backdoorlab.benchmark import Card, Runner
+
+MEANING = {
+    "acc": "clean accuracy (ACC)",
+    "asr": "attack success rate (ASR)",
+    "ra": "robust accuracy (RA)",
+    "der": "defense effectiveness rating (DER; 0.5 = nothing happened, 1 = perfect)",
+    "rir": "robust improvement rate (RIR; 0.5 = nothing happened)",
+    "auroc": "area under the ROC curve of the detector (0.5 = guessing)",
+    "tpr": "share of poisoned samples found (TPR)",
+    "fpr": "share of clean samples flagged (FPR)",
+    "precision": "share of flagged samples that are poisoned",
+    "f1": "F1 of the flags",
+    "score": "anomaly score of the model",
+    "verdict": "backdoored?",
+    "targets": "suspected target classes",
+}
+"""The metrics of every card, in words."""
+
+
+def conclude(runner: Runner, card: Card, as_json: bool) -> None:
+    """Print the result of a command that ran one stage.
+
+    Raises:
+        typer.Exit: with code 1 if the stage did not end well.
+    """
+    if as_json:
+        print_json(as_record(card, runner.reused))
+    else:
+        tell(card, runner.reused)
+    if card.status != "ok":
+        complain(card.reason or card.status, label=f"{card.status.replace('_', ' ')}: ")
+        raise typer.Exit(1)
+
+
+def as_record(card: Card, reused: bool) -> dict[str, Any]:
+    """The flat JSON object of a run."""
+    return {
+        "key": card.key,
+        "stage": card.stage,
+        "status": card.status,
+        "reason": card.reason,
+        "metrics": card.metrics,
+        "seconds": total_seconds(card),
+        "reused": reused,
+        "attack": name_of(card, "attack"),
+        "defense": name_of(card, "defense"),
+        "digests": card.digests,
+        "parents": card.parents,
+    }
+
+
+def total_seconds(card: Card) -> float:
+    """Wall time of the whole stage."""
+    return float(card.seconds["total"] if "total" in card.seconds else sum(card.seconds.values()))
+
+
+def name_of(card: Card, kind: str) -> str | None:
+    """Name of the card's attack or defense."""
+    method = card.spec.get(kind)
+    return method["name"] if method else None
+
+
+def title_of(card: Card) -> str:
+    """Such as "digits / badnets / ft / seed 0"."""
+    task = card.spec["task"]
+    parts = [task["dataset"]["name"], task["model"], name_of(card, "attack") or "benign", name_of(card, "defense")]
+    return " / ".join([*filter(None, parts), f"seed {card.spec['seed']}"])
+
+
+def tell(card: Card, reused: bool) -> None:
+    """The run in a few lines: what, numbers, how to go on."""
+    out.print(Text.assemble((title_of(card), "bold"), ("   stored result" if reused else "", "dim")), soft_wrap=True)
+    out.print(metrics_table(card))
+    ending = f"run {card.key}, {total_seconds(card):.1f} s, {card.status}"
+    out.print(Text(ending, style="dim"), soft_wrap=True)
+    if card.status == "ok":
+        more = f"backdoorlab show {card.key[:8]}"
+        if card.stage != "defense":
+            more = f"backdoorlab defend ft --run {card.key[:8]}     or     {more}"
+        out.print(Text.assemble(("next: ", "dim"), more), soft_wrap=True)
+
+
+def metrics_table(card: Card) -> Table:
+    """The scalar metrics that mean something for this run."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(justify="right", style="bold cyan")
+    table.add_column()
+    for name, words in MEANING.items():
+        value = card.metrics.get(name)
+        if value is None or (name == "targets" and not value):
+            continue
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        table.add_row(number(value, 4), words)
+    return table

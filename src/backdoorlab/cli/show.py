@@ -1,0 +1,152 @@
+"""``backdoorlab show``: everything that is known about one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from backdoorlab.cli import options as opt
+from backdoorlab.cli.console import complain, out, print_json
+from backdoorlab.core.errors import InputError
+
+if TYPE_CHECKING:
+    from backdoorlab.benchmark import Card, StoredRun
+
+FIGURES = (".png", ".pdf", ".svg")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("show")(show_command)
+
+
+def show_command(
+    run: Annotated[str, typer.Argument(help="(The start of) the run's key, or its folder.", metavar="RUN")],
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="Also draw clean, triggered and magnified difference (image attacks).", metavar="OUT.png"),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, max=20, help="Samples in the figure.")] = 8,
+    store: opt.StoreOption = "",
+    root: opt.RootOption = None,
+    download: opt.DownloadOption = False,
+    as_json: opt.JsonOption = False,
+) -> None:
+    """Show a run's result card: numbers, specification, timing, and the command that makes it again.
+
+    Examples:
+
+      backdoorlab show 3f2a
+
+      backdoorlab show 3f2a --figure trigger.png
+
+      backdoorlab show 3f2a --json | jq .metrics
+    """
+    if figure is not None and figure.suffix.lower() not in FIGURES:
+        raise InputError(f"--figure: cannot draw {figure.suffix or 'a file without suffix'}; expected {', '.join(FIGURES)}")
+    opt.existing_store(store)
+    from backdoorlab.cli.attack import make_runner
+
+    runner = make_runner(store, "cpu", root, download)
+    stored = runner.store.find(run)
+    card = stored.card()
+    drawn = _draw(runner, stored, figure, samples) if figure is not None else None
+    if as_json:
+        print_json(card.model_dump() | ({"visibility": drawn} if drawn else {}))
+        return
+    _tell(stored, card)
+    if drawn is not None:
+        psnr = "unchanged" if drawn["psnr"] is None else f"PSNR {drawn['psnr']:.1f} dB"
+        _heading("trigger")
+        out.print(f"  {psnr}, SSIM {drawn['ssim']:.3f}, L-infinity {drawn['linf']} of 255", highlight=False)
+        out.print(Text(f"  figure: {figure}"), soft_wrap=True)
+    if card.status != "ok":
+        complain(card.reason or "", label=f"{card.status.replace('_', ' ')}: ")
+
+
+def _draw(runner: Any, stored: StoredRun, figure: Path, samples: int) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from torch import Tensor
+
+    from backdoorlab.attacks.trigger import stamp_all
+    from backdoorlab.cli.figures import draw_trigger
+
+    if stored.stage != "attack":
+        raise InputError(f"--figure: {stored.id} has no trigger to draw; give an attack's run{_parent_hint(stored)}")
+    modality = stored.record().get("modality", {}).get("name")
+    if modality != "image":
+        raise InputError(f"--figure draws image triggers; {stored.id} is an attack on {modality} data")
+    task, backdoor = runner.load_backdoor(stored)
+    chosen = backdoor.target_map.tested(task.test.labels).nonzero().flatten()[:samples]
+    clean = task.test[chosen].inputs
+    triggered = stamp_all(backdoor.trigger, clean)
+    assert isinstance(clean, Tensor) and isinstance(triggered, Tensor)
+    return asdict(draw_trigger(figure, str(stored.card().spec["attack"]["name"]), clean, triggered))
+
+
+def _parent_hint(stored: StoredRun) -> str:
+    parents = [p for p in stored.card().parents if p.startswith("attack/")]
+    return f", such as {parents[0]}" if parents else ""
+
+
+def _tell(stored: StoredRun, card: Card) -> None:
+    from backdoorlab.cli.outcome import metrics_table, title_of, total_seconds
+
+    out.print(Text.assemble((title_of(card), "bold"), f"   {card.status}"), soft_wrap=True)
+    out.print(Text(f"run {card.id}   {stored.path}", style="dim"), soft_wrap=True)
+    _heading("metrics")
+    out.print(metrics_table(card))
+    for kind in ("attack", "defense"):
+        method = card.spec.get(kind)
+        if method:
+            _heading(f"{kind}: {method['name']}")
+            _pairs(method["settings"])
+    task, resolved = card.spec["task"], card.spec.get("resolved", {})
+    _heading("task")
+    _pairs({**{k: v for k, v in task["dataset"].items() if v is not None}, "model": task["model"], "seed": card.spec["seed"],
+            "clean fraction": card.spec["clean_fraction"]})  # fmt: skip
+    _heading(f"recipe: {task['recipe']}")
+    _pairs({k: v for k, v in resolved.get("recipe", {}).items() if k != "name"})
+    if card.notes:
+        _heading("notes")
+        _pairs(card.notes)
+    _heading("cost")
+    _pairs({f"{k} (s)": round(v, 2) for k, v in card.seconds.items()}
+           | {"all (s)": round(total_seconds(card), 2), "peak memory (MB)": card.peak_memory_mb,
+              "made": card.created, "commit": card.commit or "–"})  # fmt: skip
+    _heading("again")
+    out.print(Text(f"  {card.command}"), soft_wrap=True)
+
+
+def _heading(text: str) -> None:
+    out.print(Text(f"\n{text}", style="bold cyan"))
+
+
+def _pairs(values: dict[str, Any]) -> None:
+    """Two pairs a line where they are short."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
+    items = [(f"  {k.replace('_', ' ')}", _short(v)) for k, v in values.items()]
+    wide = any(len(v) > 30 for _, v in items)
+    step = 1 if wide else 2
+    for _ in range(step):
+        table.add_column(style="dim")
+        table.add_column(overflow="fold")
+    for start in range(0, len(items), step):
+        table.add_row(*(Text(cell) for pair in items[start : start + step] for cell in pair))
+    out.print(table)
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)

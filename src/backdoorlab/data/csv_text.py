@@ -1,0 +1,105 @@
+"""``csv:PATH``: text classification from a table with the columns ``text`` (or ``sentence``) and ``label``.
+
+PATH is a file, of which a seeded fifth of each class becomes the test set, or a folder with ``train.csv`` and
+``test.csv``. UTF-8; comma-separated with double quotes, or tab-separated where the name ends in ``.tsv``. Labels are
+any strings; classes are sorted, as numbers where all are integers.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from backdoorlab.core.errors import InputError
+from backdoorlab.data.sources import DatasetSource, DatasetSpec, datasets, holdout
+from backdoorlab.data.split import Dataset, Split, text_array
+
+Table = tuple[list[str], list[str]]
+"""Texts and labels as they stand in a file."""
+
+
+@datasets.register
+class CsvText(DatasetSource):
+    """Texts that the user brings."""
+
+    name = "csv:"
+    modalities = ("text",)
+    summary = "your own: a .csv or .tsv file with columns text,label, or a folder with train.csv and test.csv"
+
+    def load(self, spec: DatasetSpec, argument: str, roots: tuple[Path, ...], download: bool) -> Dataset:
+        """See :meth:`DatasetSource.load`."""
+        base = Path(argument).expanduser()
+        if base.is_dir():
+            paths = (base / "train.csv", base / "test.csv")
+        else:
+            paths = (base,)
+        for path in paths:
+            if not path.is_file():
+                raise InputError(f"dataset {spec.name!r}: there is no file {path.absolute()}")
+        tables = [read_table(path, "\t" if path.suffix.lower() == ".tsv" else ",") for path in paths]
+        classes = class_names(tables[0][1])
+        splits = [text_split(*table, classes, path) for table, path in zip(tables, paths, strict=True)]
+        if len(splits) == 2:
+            train, test = splits
+        else:
+            train, test = (splits[0][rows] for rows in holdout(splits[0].labels, classes, spec.seed, str(base)))
+        return Dataset(spec.name, "text", train, test)
+
+
+def read_table(path: Path, delimiter: str) -> Table:
+    """Columns ``text`` (or ``sentence``) and ``label`` of a delimited file with a header.
+
+    Raises:
+        InputError: for missing columns (naming those found), empty cells and rows that cannot be parsed.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter=delimiter)
+            header = [name.strip().lower() for name in next(reader, [])]
+            column = next((header.index(name) for name in ("text", "sentence") if name in header), None)
+            if column is None or "label" not in header:
+                raise InputError(
+                    f"{path}: expected columns 'text' (or 'sentence') and 'label' in the first line, found {header}"
+                )
+            other = header.index("label")
+            texts, labels = [], []
+            for row in reader:
+                if not row:
+                    continue
+                if len(row) != len(header) or not row[column].strip() or not row[other].strip():
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: expected {len(header)} cells, text and label not empty, "
+                        f"got {row[:4]}"
+                    )
+                texts.append(row[column])
+                labels.append(row[other].strip())
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text with separator {delimiter!r}: {error}") from None
+    if not texts:
+        raise InputError(f"{path} has a header but no rows")
+    return texts, labels
+
+
+def class_names(labels: Sequence[str]) -> tuple[str, ...]:
+    """Distinct labels, sorted; by value where all are integers."""
+    distinct = sorted(set(labels))
+    try:
+        return tuple(sorted(distinct, key=int))
+    except ValueError:
+        return tuple(distinct)
+
+
+def text_split(texts: list[str], labels: Sequence[str], classes: tuple[str, ...], path: Path) -> Split:
+    """A split of texts whose labels are names of classes.
+
+    Raises:
+        InputError: for a label that is not among the classes.
+    """
+    index = {name: k for k, name in enumerate(classes)}
+    foreign = sorted(set(labels) - index.keys())
+    if foreign:
+        raise InputError(f"{path}: labels {foreign[:5]} are not among the classes of the training set, {classes[:10]}")
+    return Split(text_array(texts), torch.tensor([index[label] for label in labels], dtype=torch.int64), classes)

@@ -1,0 +1,1 @@
+"""Defenses of diffusion models, one file each."""

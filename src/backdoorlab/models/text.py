@@ -1,0 +1,242 @@
+"""Text networks: TextCNN, BiLSTM, a small BERT, and Hugging Face classifiers from a local folder.
+
+All take token ids int64 [B,L] and split their forward pass at the word embedding, since a trigger for text can only be
+optimised there:
+
+    forward(ids) = forward_embedded(embed(ids), ids)
+
+``ids`` in the second half only tell which positions are padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backdoorlab.core.errors import InputError, MissingExtra
+from backdoorlab.modalities.base import Modality
+from backdoorlab.modalities.text import PAD, TextModality, load_tokenizer
+from backdoorlab.models.classifier import ModelBuilder, models
+
+
+class TextNet(nn.Module):
+    """Base: what defenses in embedding space rely on."""
+
+    pad_id: int = PAD
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Word embeddings float [B,L,E] of token ids int64 [B,L]."""
+
+    @abstractmethod
+    def forward_embedded(self, embedded: Tensor, ids: Tensor) -> Tensor:
+        """Logits float [B,K] of embeddings [B,L,E]; positions where ``ids`` are padding are ignored."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [B,L] -> logits [B,K]."""
+        return self.forward_embedded(self.embed(ids), ids)
+
+
+class TextCNN(TextNet):
+    """Convolutions over 3, 4 and 5 words, maximum over time, dropout, linear (Kim, EMNLP 2014).
+
+    A window counts if it starts at a word: what lies behind is zeros, so the result does not depend on the padding.
+    """
+
+    def __init__(self, num_tokens: int, num_classes: int, size: int = 100, filters: int = 100,
+                 widths: tuple[int, ...] = (3, 4, 5), dropout: float = 0.5) -> None:  # fmt: skip
+        super().__init__()
+        self.widths = widths
+        self.embedding = nn.Embedding(num_tokens, size, padding_idx=PAD)
+        self.convs = nn.ModuleList([nn.Conv1d(size, filters, width) for width in widths])
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(filters * len(widths), num_classes)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """See :meth:`TextNet.embed`."""
+        embedded: Tensor = self.embedding(ids)
+        return embedded
+
+    def forward_embedded(self, embedded: Tensor, ids: Tensor) -> Tensor:
+        """See :meth:`TextNet.forward_embedded`."""
+        present = (ids != PAD).unsqueeze(1)
+        sentence = embedded.transpose(1, 2) * present
+        pooled = []
+        for width, conv in zip(self.widths, self.convs, strict=True):
+            padded = F.pad(sentence, (0, width - 1))
+            pooled.append((F.relu(conv(padded)) * present).amax(2))
+        logits: Tensor = self.linear(self.dropout(torch.cat(pooled, 1)))
+        return logits
+
+
+class BiLSTM(TextNet):
+    """One LSTM in each direction, maximum over the words, dropout, linear.
+
+    The backward LSTM reads each text reversed in place, so that neither direction passes through padding before words.
+    """
+
+    def __init__(self, num_tokens: int, num_classes: int, size: int = 100, hidden: int = 128,
+                 dropout: float = 0.5) -> None:  # fmt: skip
+        super().__init__()
+        self.embedding = nn.Embedding(num_tokens, size, padding_idx=PAD)
+        self.ahead = nn.LSTM(size, hidden, batch_first=True)
+        self.back = nn.LSTM(size, hidden, batch_first=True)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(2 * hidden, num_classes)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """See :meth:`TextNet.embed`."""
+        embedded: Tensor = self.embedding(ids)
+        return embedded
+
+    def forward_embedded(self, embedded: Tensor, ids: Tensor) -> Tensor:
+        """See :meth:`TextNet.forward_embedded`."""
+        present = ids != PAD
+        place = torch.arange(ids.shape[1], device=ids.device)
+        # Reversal within the words; padding keeps its place. Maxima over time need no reversal back.
+        mirrored = torch.where(present, present.sum(1, keepdim=True) - 1 - place, place).clamp_min(0)
+        reverse = embedded.gather(1, mirrored.unsqueeze(2).expand_as(embedded))
+        states = torch.cat([self.ahead(self.dropout(embedded))[0], self.back(self.dropout(reverse))[0]], 2)
+        pooled = states.masked_fill(~present.unsqueeze(2), -1.0).amax(1)
+        logits: Tensor = self.linear(self.dropout(pooled))
+        return logits
+
+
+class BertTiny(TextNet):
+    """BERT encoder from random weights, mean over the words (our vocabulary has no [CLS]), dropout, linear."""
+
+    def __init__(self, num_tokens: int, max_len: int, num_classes: int, size: int = 128, layers: int = 2) -> None:
+        super().__init__()
+        transformers = _transformers("the model 'bert_tiny'")
+        config = transformers.BertConfig(
+            vocab_size=num_tokens, hidden_size=size, num_hidden_layers=layers, num_attention_heads=2,
+            intermediate_size=4 * size, max_position_embeddings=max_len, pad_token_id=PAD,
+        )  # fmt: skip
+        self.bert = transformers.BertModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(0.1)
+        self.linear = nn.Linear(size, num_classes)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """See :meth:`TextNet.embed`."""
+        embedded: Tensor = self.bert.get_input_embeddings()(ids)
+        return embedded
+
+    def forward_embedded(self, embedded: Tensor, ids: Tensor) -> Tensor:
+        """See :meth:`TextNet.forward_embedded`."""
+        present = ids != PAD
+        states = self.bert(inputs_embeds=embedded, attention_mask=present.long()).last_hidden_state
+        weight = present.unsqueeze(2).to(states.dtype)
+        pooled = (states * weight).sum(1) / weight.sum(1).clamp_min(1)
+        logits: Tensor = self.linear(self.dropout(pooled))
+        return logits
+
+
+class HuggingFaceText(TextNet):
+    """A sequence classifier of transformers; its head is made new if the number of classes differs."""
+
+    def __init__(self, folder: str, num_classes: int, pad_id: int) -> None:
+        super().__init__()
+        self.pad_id = pad_id
+        loader = _transformers("a Hugging Face model").AutoModelForSequenceClassification
+        try:
+            self.model = loader.from_pretrained(
+                folder, num_labels=num_classes, ignore_mismatched_sizes=True, local_files_only=True,
+                trust_remote_code=False, use_safetensors=True,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot load a text classifier from {folder!r}: {str(error).splitlines()[0]}") from None
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """See :meth:`TextNet.embed`."""
+        embedded: Tensor = self.model.get_input_embeddings()(ids)
+        return embedded
+
+    def forward_embedded(self, embedded: Tensor, ids: Tensor) -> Tensor:
+        """See :meth:`TextNet.forward_embedded`."""
+        logits: Tensor = self.model(inputs_embeds=embedded, attention_mask=(ids != self.pad_id).long()).logits
+        return logits
+
+
+def _transformers(feature: str) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtra(feature, "text") from None
+    return transformers
+
+
+def _text(modality: Modality) -> TextModality:
+    assert isinstance(modality, TextModality)
+    if len(modality.vocabulary) < 8 and not modality.tokenizer:
+        raise InputError("the vocabulary is empty: make the modality with TextModality.from_dataset(dataset)")
+    return modality
+
+
+class _Text(ModelBuilder):
+    modalities = ("text",)
+
+
+@models.register
+class BuildTextCNN(_Text):
+    """The default for texts."""
+
+    name = "textcnn"
+    summary = "TextCNN (100-dimensional words, 100 filters each over 3, 4, 5 words): default for texts"
+
+    def build(self, modality: Modality, num_classes: int) -> nn.Module:
+        """See :meth:`ModelBuilder.build`."""
+        return TextCNN(_text(modality).num_tokens, num_classes)
+
+
+@models.register
+class BuildBiLSTM(_Text):
+    """The recurrent one."""
+
+    name = "lstm"
+    summary = "bidirectional LSTM (128 units each way), maximum over the words"
+
+    def build(self, modality: Modality, num_classes: int) -> nn.Module:
+        """See :meth:`ModelBuilder.build`."""
+        return BiLSTM(_text(modality).num_tokens, num_classes)
+
+
+@models.register
+class BuildBertTiny(_Text):
+    """The attentive one."""
+
+    name = "bert_tiny"
+    summary = "BERT of 2 layers, width 128, 2 heads, from random weights (extra 'text')"
+
+    def build(self, modality: Modality, num_classes: int) -> nn.Module:
+        """See :meth:`ModelBuilder.build`."""
+        text = _text(modality)
+        return BertTiny(text.num_tokens, text.max_len, num_classes)
+
+
+@models.register
+class BuildHuggingFaceText(_Text):
+    """Pre-trained ones, with their own tokenizer."""
+
+    name = "hf:"
+    summary = "hf:FOLDER, a transformers sequence classifier with its tokenizer, in a local folder (extra 'text')"
+
+    def adapt(self, modality: Modality) -> Modality:
+        """Tokenise with the folder's tokenizer; sub-words need about half as many positions again."""
+        text, folder = _text(modality), str(Path(self.argument).expanduser())
+        if text.tokenizer == folder:
+            return text
+        if not self.argument or not (Path(folder) / "config.json").is_file():
+            raise InputError(f"hf:{self.argument}: expected a local folder with config.json, weights and tokenizer")
+        config = _transformers("a Hugging Face model").AutoConfig.from_pretrained(folder, local_files_only=True)
+        longest = min(load_tokenizer(folder).model_max_length, getattr(config, "max_position_embeddings", 512) - 2)
+        return dataclasses.replace(text, tokenizer=folder, max_len=min(text.max_len * 3 // 2 + 2, longest))
+
+    def build(self, modality: Modality, num_classes: int) -> nn.Module:
+        """See :meth:`ModelBuilder.build`."""
+        return HuggingFaceText(_text(modality).tokenizer, num_classes, _text(modality).pad_id)
