@@ -30,7 +30,7 @@ quickstart: $(VENV)/.installed-core
 	$(BIN)/backdoorlab quickstart
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --timeout=1800

@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Small networks gain nothing from a second thread, and two test workers with two threads each slow one another down
+# tenfold; subprocesses inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
 from backdoorlab.attacks import Backdoor, attacks
 from backdoorlab.models import Classifier
 from backdoorlab.training import Context, Task, TaskSpec
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from backdoorlab.core.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from backdoorlab.benchmark import Runner
-    from backdoorlab.training.task import TaskSpec
 
 BENIGN = ("none", "benign")
+KINDS = ("classifier", "diffusion")
 
 
 def register(app: typer.Typer) -> None:
@@ -43,6 +43,10 @@ def attack_command(
     train_size: Annotated[int | None, typer.Option(help="Balanced subset of the training set.", metavar="N")] = None,
     test_size: Annotated[int | None, typer.Option(help="Balanced subset of the test set.", metavar="N")] = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels, where it can be chosen.", metavar="PX")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="classifier or diffusion; follows from the attack.", metavar="KIND")
+    ] = None,
+    data_seed: Annotated[int, typer.Option(min=0, help="Of subsets, splits and procedural data sets.")] = 0,
     seed: opt.SeedOption = 0,
     device: opt.DeviceOption = "auto",
     store: opt.StoreOption = "",
@@ -72,6 +76,7 @@ def attack_command(
     from backdoorlab.benchmark import Experiment, MethodSpec
     from backdoorlab.cli.outcome import conclude
     from backdoorlab.data.sources import DatasetSpec
+    from backdoorlab.training.task import TaskSpec
 
     changes: dict[str, Any] = dict(opt.pairs(settings))
     for key, value in (("poison_rate", poison_rate), ("target", target)):
@@ -80,9 +85,9 @@ def attack_command(
         if key in changes:
             raise InputError(f"{key} is given twice: by --{key.replace('_', '-')} and by --set")
         changes[key] = value
-    spec = task_spec(
-        name, DatasetSpec(name=dataset, size=size, train_size=train_size, test_size=test_size), model, recipe, recipe_set
-    )
+    data = DatasetSpec(name=dataset, size=size, train_size=train_size, test_size=test_size, seed=data_seed)
+    spec = TaskSpec(dataset=data, model=model, recipe=recipe, kind=kind_of(name, kind),
+                    recipe_changes=recipe_changes(opt.pairs(recipe_set, "--recipe-set")))  # fmt: skip
     if name in BENIGN and changes:
         raise InputError(f"attack {name} trains the benign model and has no {', '.join(changes)}")
     method = None if name in BENIGN else MethodSpec(name, changes)
@@ -91,20 +96,23 @@ def attack_command(
     conclude(runner, card, as_json)
 
 
-def task_spec(name: str, dataset: Any, model: str, recipe: str, recipe_set: list[str] | None) -> TaskSpec:
-    """The task for an attack; generative ones get a generative task.
+def kind_of(name: str, given: str | None) -> str:
+    """The kind of task: that of the attack; for the benign model what was given, by default a classifier.
 
     Raises:
-        InputError: for an unknown attack or recipe field.
+        InputError: for an unknown attack or kind, or a kind that the attack does not serve.
     """
     from backdoorlab.attacks import attacks
-    from backdoorlab.training.task import TaskSpec
 
-    kind = "classifier"
-    if name not in BENIGN and attacks.get(name).modalities == ("diffusion",):
-        kind = "diffusion"
-    changes = recipe_changes(opt.pairs(recipe_set, "--recipe-set"))
-    return TaskSpec(dataset=dataset, model=model, recipe=recipe, recipe_changes=changes, kind=kind)
+    if given is not None and given not in KINDS:
+        raise unknown("kind of task", given, KINDS)
+    if name in BENIGN:
+        return given or "classifier"
+    served = [m for cls in attacks if cls.name == name for m in cls.modalities] or [*attacks.get(name).modalities]
+    fitting = {"diffusion" if m == "diffusion" else "classifier" for m in served}
+    if given is not None and given not in fitting:
+        raise InputError(f"--kind {given}: attack {name} is for {', '.join(sorted(fitting))} tasks")
+    return given or ("classifier" if "classifier" in fitting else "diffusion")
 
 
 def recipe_changes(given: dict[str, str]) -> tuple[tuple[str, Any], ...]:

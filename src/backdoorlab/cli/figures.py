@@ -69,20 +69,37 @@ def ssim(a: Tensor, b: Tensor, sigma: float = 1.5, radius: int = 5) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Line:
+    """One line of text below a row of images.
+
+    Attributes:
+        label: left of it, in words.
+        texts: one below each image.
+        colors: of the texts.
+    """
+
+    label: str
+    texts: tuple[str, ...]
+    colors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Row:
     """One row of a figure of samples.
 
     Attributes:
         label: in words, left of the row.
         images: uint8 [N,C,H,W].
-        captions: below each image.
-        colors: of the captions.
+        lines: what is said about each image, below it.
     """
 
     label: str
     images: Tensor
-    captions: tuple[str, ...] = ()
-    colors: tuple[str, ...] = ()
+    lines: tuple[Line, ...] = ()
+
+
+_CELL, _GAP, _LEFT, _HEAD, _LINE, _MARGIN = 1.15, 0.1, 2.1, 1.0, 0.27, 0.25
+"""Lengths of a figure in inches."""
 
 
 def draw_rows(path: Path, title: str, subtitle: str, rows: list[Row]) -> None:
@@ -91,27 +108,33 @@ def draw_rows(path: Path, title: str, subtitle: str, rows: list[Row]) -> None:
     from matplotlib.figure import Figure
 
     columns = len(rows[0].images)
-    cell, left, head, foot = 1.25, 2.2, 1.0, 0.15
-    heights = [cell + 0.12 + 0.27 * max((c.count("\n") + 1 for c in row.captions), default=0) for row in rows]
-    width, height = left + columns * (cell + 0.12) + 0.2, head + sum(heights) + foot
+    heights = [_CELL + _LINE * len(row.lines) + (0.3 if row.lines else _GAP) for row in rows]
+    width = max(_LEFT + columns * (_CELL + _GAP) + _MARGIN, 7.5)
+    height = _HEAD + sum(heights) + 0.1
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.text(0.2 / width, 1 - 0.34 / height, title, fontsize=15, fontweight="bold", color=INK, va="center")
-    figure.text(0.2 / width, 1 - 0.67 / height, subtitle, fontsize=10, color=GREY, va="center")
-    top = height - head
+
+    def write(x: float, y: float, text: str, **style: Any) -> None:
+        figure.text(x / width, y / height, text, va="center", **style)
+
+    write(_MARGIN, height - 0.36, title, fontsize=15, fontweight="bold", color=INK)
+    write(_MARGIN, height - 0.68, subtitle, fontsize=10, color=GREY)
+    top = height - _HEAD
     for row, tall in zip(rows, heights, strict=True):
-        figure.text(0.2 / width, (top - cell / 2) / height, row.label, fontsize=10.5, color=INK, va="center")
+        write(_MARGIN, top - _CELL / 2, row.label, fontsize=11, color=INK, linespacing=1.4)
         for column in range(columns):
-            x = left + column * (cell + 0.12)
-            axes: Any = figure.add_axes((x / width, (top - cell) / height, cell / width, cell / height))
+            x = _LEFT + column * (_CELL + _GAP)
+            axes: Any = figure.add_axes((x / width, (top - _CELL) / height, _CELL / width, _CELL / height))
             _image(axes, row.images[column])
-            if row.captions:
-                color = row.colors[column] if row.colors else INK
-                figure.text((x + cell / 2) / width, (top - cell - 0.06) / height, row.captions[column], fontsize=9.5,
-                            color=color, ha="center", va="top", linespacing=1.35)  # fmt: skip
+            for i, line in enumerate(row.lines):
+                write(x + _CELL / 2, top - _CELL - _LINE * (i + 0.6), line.texts[column], fontsize=10.5,
+                      fontweight="bold", ha="center", color=line.colors[column])  # fmt: skip
+        for i, line in enumerate(row.lines):
+            write(_MARGIN, top - _CELL - _LINE * (i + 0.6), line.label, fontsize=9.5, color=GREY)
         top -= tall
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lower().lstrip(".") or "png", metadata=None)
+    kind = path.suffix.lower().lstrip(".") or "png"
+    figure.savefig(buffer, format=kind)
     write_atomically(path, buffer.getvalue())
 
 

@@ -25,7 +25,7 @@ MEANING = {
     "precision": "share of flagged samples that are poisoned",
     "f1": "F1 of the flags",
     "score": "anomaly score of the model",
-    "verdict": "backdoored?",
+    "verdict": "verdict on the model",
     "targets": "suspected target classes",
 }
 """The metrics of every card, in words."""
@@ -103,9 +103,7 @@ def metrics_table(card: Card) -> Table:
         value = card.metrics.get(name)
         if value is None or (name == "targets" and not value):
             continue
-        if isinstance(value, bool):
-            value = "yes" if value else "no"
-        elif isinstance(value, list):
+        if isinstance(value, list):
             value = ", ".join(map(str, value))
         table.add_row(number(value, 4), words)
     return table

@@ -165,8 +165,8 @@ def happened(card: Card) -> str:
     told = []
     if m.get("verdict") is not None:
         towards = ", ".join(map(str, m["targets"] or ()))
-        verdict = f"backdoored, towards class {towards}" if m["verdict"] and towards else "backdoored"
-        told.append(f"verdict: {verdict if m['verdict'] else 'no backdoor'} (score {m['score']:.1f})")
+        verdict = m["verdict"] + (f", towards class {towards}" if towards else "")
+        told.append(f"verdict: {verdict} (score {number(m['score'], 1)})")
     if m.get("tpr") is not None:
         told.append(f"finds {m['tpr']:.0%} of the patched ones, {m['fpr']:.0%} false alarms")
     if m.get("der") is not None:
@@ -179,7 +179,7 @@ def _draw(runner: Runner, cards: list[Card], path: Path) -> None:
     from torch import Tensor
 
     from backdoorlab.attacks.trigger import stamp_all
-    from backdoorlab.cli.figures import BAD, GOOD, Row, draw_rows
+    from backdoorlab.cli.figures import BAD, GOOD, Line, Row, draw_rows
     from backdoorlab.training.evaluate import predict
 
     attack = cards[1]
@@ -191,17 +191,18 @@ def _draw(runner: Runner, cards: list[Card], path: Path) -> None:
     chosen = task.test[labels.new_tensor(picked)]
     stamped = stamp_all(backdoor.trigger, chosen.inputs)
     assert isinstance(chosen.inputs, Tensor) and isinstance(stamped, Tensor)
-    models = [("before", backdoor.model)]
+    models = [("the attacked model says", backdoor.model)]
     if best is not None:
-        models.append(("after", runner.load_model(best)))
+        models.append((f"repaired by {best.spec['defense']['name']}", runner.load_model(best)))
     rows = []
-    for label, images in (("clean", chosen.inputs), ("with the patch", stamped)):
-        answers = [(when, predict(model, images).argmax(1).tolist()) for when, model in models]
-        rows.append([label, images, answers])
-    drawn = [
-        Row(f"{label}\n\n{' / '.join(when for when, _ in answers)}:", images,
-            tuple("  ".join(str(a[i]) for _, a in answers) for i in range(len(picked))))
-        for label, images, answers in rows
-    ]  # fmt: skip
-    del GOOD, BAD
-    draw_rows(path, "A backdoor in a digit classifier", "", drawn)
+    for label, images in (("test digits", chosen.inputs), ("with the patch", stamped)):
+        lines = []
+        for words, model in models:
+            said = predict(model, images).argmax(1)
+            colors = tuple(GOOD if right else BAD for right in (said == chosen.labels).tolist())
+            lines.append(Line(words, tuple(map(str, said.tolist())), colors))
+        rows.append(Row(label, images, tuple(lines)))
+    subtitle = f"BadNets, ASR {attack.metrics['asr']:.0%}"
+    if best is not None:
+        subtitle += f"; {best.metrics['asr']:.0%} after {best.spec['defense']['name']}"
+    draw_rows(path, "A backdoor, and what a repair does to it", f"{subtitle}. Green: right, red: wrong.", rows)

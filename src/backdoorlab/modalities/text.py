@@ -4,8 +4,8 @@ Words are lower-cased runs of letters and digits (with inner apostrophes) or sin
 fitted on the clean training texts and ordered by frequency.
 
 Choice: the rare words with which the literature triggers text models own reserved ids in *every* vocabulary. They do
-not occur in clean texts, so a fitted vocabulary would map them to <unk>, and a backdoor planted with "cf" would silently
-become "any unknown word is a trigger". A victim that fine-tunes a large pre-trained model has ids for them as well.
+not occur in clean texts, so a fitted vocabulary would map them to <unk>, and a backdoor planted with "cf" would
+silently become "any unknown word is a trigger". A victim that fine-tunes a pre-trained model has ids for them as well.
 
 Choice: STRIP's mixing takes the words of highest tf-idf of the second text. The inverse document frequency is read off
 the vocabulary: by Zipf's law the frequency of a word is about 1 / rank, so log(rank) stands for it.

@@ -59,7 +59,7 @@ class LogMel(nn.Module):
             power = spectrum.real.square() + spectrum.imag.square()
             log = torch.log(power.transpose(1, 2) @ self.mel + 1e-6).transpose(1, 2)
             mean, std = log.mean((1, 2), keepdim=True), log.std((1, 2), keepdim=True)
-            return (log - mean) / (std + 1e-5)
+            return (log - mean) / std.clamp_min(0.01)
 
 
 class AudioCNN(nn.Module):

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +145,13 @@ class HuggingFaceText(TextNet):
     def __init__(self, folder: str, num_classes: int, pad_id: int) -> None:
         super().__init__()
         self.pad_id = pad_id
-        loader = _transformers("a Hugging Face model").AutoModelForSequenceClassification
+        transformers = _transformers("a Hugging Face model")
         try:
-            self.model = loader.from_pretrained(
-                folder, num_labels=num_classes, ignore_mismatched_sizes=True, local_files_only=True,
-                trust_remote_code=False, use_safetensors=True,
-            )  # fmt: skip
+            with _quiet(transformers.utils.logging):
+                self.model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                    folder, num_labels=num_classes, ignore_mismatched_sizes=True, local_files_only=True,
+                    trust_remote_code=False, use_safetensors=True,
+                )  # fmt: skip
         except (OSError, ValueError) as error:
             raise InputError(f"cannot load a text classifier from {folder!r}: {str(error).splitlines()[0]}") from None
 
@@ -161,6 +164,20 @@ class HuggingFaceText(TextNet):
         """See :meth:`TextNet.forward_embedded`."""
         logits: Tensor = self.model(inputs_embeds=embedded, attention_mask=(ids != self.pad_id).long()).logits
         return logits
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """No progress bar and no warning that the head was made new."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _transformers(feature: str) -> Any:

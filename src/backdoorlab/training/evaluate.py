@@ -10,7 +10,6 @@ from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import autocast
 
 
-@torch.inference_mode()
 def predict(model: Classifier, inputs: Inputs, *, batch_size: int = 1000, precision: str = "auto") -> Tensor:
     """Logits of raw samples.
 
@@ -26,7 +25,6 @@ def predict(model: Classifier, inputs: Inputs, *, batch_size: int = 1000, precis
     return _forward(model, model, inputs, batch_size, precision)
 
 
-@torch.inference_mode()
 def predict_features(model: Classifier, inputs: Inputs, *, batch_size: int = 1000, precision: str = "auto") -> Tensor:
     """Penultimate features (the input of the last linear layer) of raw samples: float32 [N, D] on the CPU."""
     from backdoorlab.models.anatomy import features
@@ -38,9 +36,10 @@ def _forward(model, function, inputs: Inputs, batch_size: int, precision: str) -
     training, device = model.training, model.device
     model.eval()
     parts = []
-    for start in range(0, len(inputs), batch_size):
-        batch = model.modality.encode(inputs[start : start + batch_size]).to(device)
-        with autocast(device, precision):
+    with torch.inference_mode(), autocast(device, precision):
+        for start in range(0, len(inputs), batch_size):
+            batch = model.modality.encode(inputs[start : start + batch_size]).to(device)
             parts.append(function(model.modality.prepare(batch)).float())
     model.train(training)
+    # Joined outside of inference mode: the result is an ordinary tensor, which callers may use in autograd.
     return torch.cat(parts).cpu() if parts else torch.zeros(0, model.num_classes)

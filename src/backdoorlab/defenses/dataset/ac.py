@@ -1,7 +1,7 @@
 """AC, activation clustering: in a poisoned class the activations fall into two clusters.
 
-Chen, Carvalho, Baracaldo, Ludwig, Edwards, Lee, Molloy, Srivastava, "Detecting Backdoor Attacks on Deep Neural Networks by
-Activation Clustering", SafeAI at AAAI 2019 (arXiv 1811.03728).
+Chen et al., "Detecting Backdoor Attacks on Deep Neural Networks by Activation Clustering", SafeAI at AAAI 2019
+(arXiv 1811.03728).
 
 The penultimate features of all samples that carry one label are centred, reduced to 10 dimensions and split by 2-means.
 Whether a class is poisoned, and by which cluster, is decided by a ``rule``:
@@ -11,23 +11,27 @@ Whether a class is poisoned, and by which cluster, is decided by a ``rule``:
 - ``relative-size``: the first half of that rule;
 - ``smaller``: the smaller cluster of every class. It deletes a part of every clean class and is here for comparison.
 
-The score of a sample in a poisoned class is (distance to the large cluster's centre) - (distance to the small one's), in
-the reduced space; it is positive exactly for the members of the small cluster. In the other classes it is 0.
+The score of a sample in a poisoned class is (distance to the large cluster's centre) - (distance to the small one's),
+in the reduced space; it is positive exactly for the members of the small cluster. In the other classes it is 0.
 
 Choices: a class is clustered once, as a whole (clustering mini-batches gives clusters whose numbers mean nothing across
 batches). Rows are sorted along the first component beforehand, so that the outcome does not depend on the order of the
-data set. Classes with fewer than ``min_samples`` samples are skipped. FastICA, the paper's reduction, is an option; where
-it does not converge PCA's components are used, which span the same space unwhitened.
+data set. Classes with fewer than ``min_samples`` samples are skipped. FastICA, the paper's reduction, is an option;
+where it does not converge PCA's components are used, which span the same space unwhitened.
 
-Limits: the poison must be the *minority* of its class. 10 % poison in ten balanced classes makes it about one half, where
-no rule on cluster sizes can tell which cluster is the poison (the paper retrains without the cluster to find out).
+Limits: the poison must be the *minority* of its class. 10 % poison in ten balanced classes makes it about one half, and
+no rule on sizes can then tell which cluster is the poison (the paper retrains without the cluster to find out): with
+BadNets on digits the small cluster was the poison on one seed (AUROC in the class 0.975) and the clean half on another
+(0.001), and its share was at or above 0.35, so that nothing was flagged. At 3 and 5 % the default finds 86 %.
+The paper's silhouette of 0.15 is lenient on small networks: clean digit classes reach 0.18 to 0.38 (writing styles),
+poisoned ones 0.43 to 0.52, and 10 % of a benign set are flagged. ``min_silhouette=0.4`` flags none there.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -73,7 +77,9 @@ def reduce_features(features: np.ndarray, dims: int, method: str, seed: int) -> 
         return pca
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        ica: np.ndarray = FastICA(dims, whiten="unit-variance", max_iter=1000, random_state=seed).fit_transform(features)
+        ica: np.ndarray = FastICA(dims, whiten="unit-variance", max_iter=1000, random_state=seed).fit_transform(
+            features
+        )
     return pca if any(issubclass(w.category, ConvergenceWarning) for w in caught) else ica
 
 

@@ -11,14 +11,14 @@ and the 1.5 eps n samples of the class that score highest are removed, eps being
 in a class.
 
 Choices: features are pooled and centred before *both* the decomposition and the projection (projecting uncentred
-features onto the direction of centred ones measures the class mean). Scores are divided by their standard deviation in
-the class after subtracting their mean, so that one ranking serves all classes; the order within a class, and with it the
-paper's decision, is not touched. ``percentile=85`` is BackdoorBench's rule.
+features onto the direction of centred ones measures the class mean). Scores are standardised within their class, so
+that one ranking serves all classes; the order within a class, and with it the paper's decision, is not touched.
+``percentile=85`` is BackdoorBench's rule.
 
 Limits: the rule removes a fixed share of *every* class, so clean classes pay a false alarm rate of 1.5 eps. The
 signature is that of a minority: where half of the target class is poison (10 % of a ten-class set), both halves lie
-equally far from their common mean and the score says nothing. On digits with BadNets the AUROC within the target class is
-above 0.9 at 2 % poison and below 0.5 at 10 %.
+equally far from their common mean and the score says nothing. BadNets on digits, AUROC within the target class by
+poison rate: 0.97 at 1 %, 0.93 at 2 %, 0.90 at 3 %, 0.81 at 5 %, 0.53 at 10 %.
 """
 
 from __future__ import annotations

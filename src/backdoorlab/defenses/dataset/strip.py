@@ -23,7 +23,7 @@ from torch import Tensor
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Split, take
 from backdoorlab.defenses.base import DatasetDefense, defenses
-from backdoorlab.defenses.input.strip import blend_entropy
+from backdoorlab.defenses.input.strip import Overlay, overlay_entropy
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context
 
@@ -39,14 +39,21 @@ class StripDataset(DatasetDefense):
     modalities: ClassVar[tuple[str, ...]] = ("image", "text", "audio", "video")
 
     overlays: int = param(20, "overlays per sample; the paper's 100 are costly on a whole training set", low=1)
-    ratio: float = param(0.5, "weight of the overlay in the blend", above=0, high=1, source="paper")
+    superimpose: str = param(
+        "add",
+        "saturating sum, or the modality's blend (text: always)",
+        choices=("add", "blend"),
+        source="authors' code",
+    )
+    weight: float = param(1.0, "weight of the overlay in the sum", above=0, high=10, source="authors' code")
+    ratio: float = param(0.5, "share of the overlay in the blend", above=0, high=1, source="ours")
     frr: float = param(0.05, "share of clean samples that may be flagged", above=0, high=0.5, source="BackdoorBench")
 
     def score(self, data: Split, model: Classifier, ctx: Context) -> Tensor:
         """-H of every sample."""
         drawn = torch.randperm(len(data), generator=ctx.generator("overlays"))[: self.overlays]
-        overlays = take(data.inputs, drawn)
-        return -blend_entropy(model, data.inputs, overlays, self.ratio, ctx.generator("blend"))
+        overlay = Overlay(self.superimpose, self.weight, self.ratio)
+        return -overlay_entropy(model, data.inputs, take(data.inputs, drawn), overlay, ctx.generator("blend"))
 
     def flags(self, scores: Tensor, data: Split) -> Tensor:
         """Scores above the (1 - frr) quantile of a normal distribution fitted to the bulk."""

@@ -5,16 +5,20 @@ Gao, Xu, Wang, Chen, Ranasinghe, Nepal, "STRIP: A Defence Against Trojan Attacks
 
 An input x is superimposed with N clean samples c_1..c_N and the entropy of the predictions, in bits, is averaged:
 
-    H(x) = 1/N sum_j - sum_k p_k log2 p_k,     p = softmax f(blend(x, c_j))
+    H(x) = 1/N sum_j - sum_k p_k log2 p_k,     p = softmax f(x + weight c_j)
 
 Blends of clean inputs confuse the model; a strong trigger survives them, so that H stays low. Inputs whose entropy lies
 below the ``frr`` quantile of the entropies of clean samples are rejected. The score is -H: higher = more suspicious.
 
 Choices: the clean samples are divided in halves, one giving the overlays and the other the threshold; sharing them lets
 every calibration sample meet itself and lowers the threshold. All inputs meet the same N overlays, so that a score does
-not depend on what else is in the batch. Blending is the modality's own (images and video: pixel mean, audio: clips at
-equal loudness, text: words of the overlay replace words of the input). The blends of many inputs form one batch
-[M * N], laid out sample by sample.
+not depend on what else is in the batch. The blends of many inputs form one batch [M * N], laid out sample by sample.
+
+Superimposing is a saturating sum of raw samples, as in the authors' code, which leaves a bright trigger as bright as it
+was. ``superimpose="blend"`` takes the modality's blend instead (images: a mean), which halves the trigger: on digits
+with BadNets only 41 to 74 % of the blended triggered inputs still reached the target, and the AUROC was 0.26, 0.68 and
+0.84 on three seeds, against 0.999 or more for the sum. Words cannot be added, so that text is always blended (words of
+the overlay replace words of the input).
 
 Limits: weak against blended, sample-specific and clean-label triggers, which do not survive an overlay. The cost is N
 forward passes an input; lower ``overlays`` on a CPU.
@@ -22,6 +26,7 @@ forward passes an input; lower ``overlays`` on a CPU.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +37,7 @@ from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs, Split, take
 from backdoorlab.defenses.base import InputDefense, InputDetector, defenses
+from backdoorlab.modalities.base import Modality
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict
@@ -46,8 +52,38 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1) / torch.log(torch.tensor(2.0))
 
 
-def blend_entropy(
-    model: Classifier, inputs: Inputs, overlays: Inputs, ratio: float, generator: torch.Generator
+def saturating_sum(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """Sum a + weight b of raw samples of the same shape, within the range of their dtype (floats: [-1, 1])."""
+    total = a.float() + weight * b.float()
+    if a.is_floating_point():
+        return total.clamp(-1, 1).to(a.dtype)
+    bounds = torch.iinfo(a.dtype)
+    return total.clamp(bounds.min, bounds.max).round().to(a.dtype)
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """How an overlay is laid over a sample.
+
+    Attributes:
+        superimpose: "add" or "blend".
+        weight: of the overlay in a sum.
+        ratio: of the overlay in a blend.
+    """
+
+    superimpose: str
+    weight: float
+    ratio: float
+
+    def __call__(self, modality: Modality, a: Inputs, b: Inputs, generator: torch.Generator) -> Inputs:
+        """Raw samples ``a`` under overlays ``b``, row by row; text is always blended."""
+        if self.superimpose == "add" and isinstance(a, Tensor) and isinstance(b, Tensor):
+            return saturating_sum(a, b, self.weight)
+        return modality.blend(a, b, self.ratio, generator)
+
+
+def overlay_entropy(
+    model: Classifier, inputs: Inputs, overlays: Inputs, overlay: Overlay, generator: torch.Generator
 ) -> Tensor:
     """Mean entropy of the predictions for each input under every overlay.
 
@@ -55,7 +91,7 @@ def blend_entropy(
         model: the suspicious model.
         inputs: raw samples, M rows.
         overlays: raw clean samples, N rows.
-        ratio: weight of the overlay.
+        overlay: how they are laid over the inputs.
         generator: for modalities whose blending is random (text).
 
     Returns:
@@ -69,7 +105,7 @@ def blend_entropy(
         batch = batch.to(model.device) if isinstance(batch, Tensor) else batch
         each = torch.arange(len(batch)).repeat_interleave(count)
         every = torch.arange(count).repeat(len(batch))
-        blends = model.modality.blend(take(batch, each), take(overlays, every), ratio, generator)
+        blends = overlay(model.modality, take(batch, each), take(overlays, every), generator)
         parts.append(entropy(predict(model, blends, batch_size=FORWARD_BATCH)).reshape(-1, count).mean(1))
     return torch.cat(parts) if parts else torch.zeros(0)
 
@@ -80,13 +116,13 @@ class StripDetector(InputDetector):
 
     model: Classifier
     overlays: Inputs
-    ratio: float
+    overlay: Overlay
     ctx: Context
     threshold: float = float("inf")
 
     def score(self, inputs: Inputs) -> Tensor:
         """-H of raw inputs, float32 [N] on the CPU."""
-        return -blend_entropy(self.model, inputs, self.overlays, self.ratio, self.ctx.generator("blend"))
+        return -overlay_entropy(self.model, inputs, self.overlays, self.overlay, self.ctx.generator("blend"))
 
 
 @defenses.register
@@ -101,7 +137,14 @@ class Strip(InputDefense):
 
     overlays: int = param(100, "overlays per input (fewer if half of the clean samples are fewer)", low=1,
                           source="paper")  # fmt: skip
-    ratio: float = param(0.5, "weight of the overlay in the blend", above=0, high=1, source="paper")
+    superimpose: str = param(
+        "add",
+        "saturating sum, or the modality's blend (text: always)",
+        choices=("add", "blend"),
+        source="authors' code",
+    )
+    weight: float = param(1.0, "weight of the overlay in the sum", above=0, high=10, source="authors' code")
+    ratio: float = param(0.5, "share of the overlay in the blend", above=0, high=1, source="ours")
     frr: float = param(0.05, "share of clean inputs that may be rejected", above=0, high=1, source="BackdoorBench")
 
     def fit(self, model: Classifier, clean: Split, ctx: Context) -> StripDetector:
@@ -114,7 +157,8 @@ class Strip(InputDefense):
             raise InputError(f"strip needs at least 4 clean samples (overlays and calibration), got {len(clean)}")
         order = torch.randperm(len(clean), generator=ctx.generator("overlays"))
         drawn, held_out = order[: len(clean) // 2][: self.overlays], order[len(clean) // 2 :]
-        detector = StripDetector(model, take(clean.inputs, drawn), self.ratio, ctx)
+        overlay = Overlay(self.superimpose, self.weight, self.ratio)
+        detector = StripDetector(model, take(clean.inputs, drawn), overlay, ctx)
         scores = detector.score(take(clean.inputs, held_out))
         threshold = float(torch.quantile(scores.double(), 1 - self.frr, interpolation="higher"))
-        return StripDetector(model, detector.overlays, self.ratio, ctx, threshold)
+        return dataclasses.replace(detector, threshold=threshold)

@@ -1,0 +1,155 @@
+"""BPP: the image is reduced to a few grey levels per channel.
+
+Wang, Zhai, Ma, "BppAttack: Stealthy and Efficient Trojan Attacks against Deep Neural Networks via Image Quantization
+and Contrastive Adversarial Learning", CVPR 2022 (arXiv 2205.13383).
+
+With s levels per channel,
+
+    Q(x) = round(x / 255 (s - 1)) / (s - 1) 255,
+
+optionally with Floyd-Steinberg dithering: pixels in raster order, the error of each is spread 7/16 right, 3/16
+down-left, 5/16 down and 1/16 down-right. In each batch the first floor(rate B) samples become Q(x) with label t; the next
+floor(negative_rate B) are *negatives* x + (Q(x') - x'), clipped, with the quantisation residual of another training
+image x' and their true label, so that the network learns quantisation itself and not just the noise it makes.
+
+Choices: negatives of the cross test have the same sign as in training (published code has them the other way round and
+unclipped, which makes that number meaningless). Dithering clamps to the s levels. The dithering loop runs over
+anti-diagonals: pixel (i, j) needs only pixels with a smaller j + 2 i, so W + 2 H steps replace W H, with the same
+rounding. Batches are augmented and scheduled by the task's recipe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from backdoorlab.attacks.base import Backdoor, TrainingAttack, attacks
+from backdoorlab.attacks.batch_poison import BatchPoisoner, FixedPoisoner
+from backdoorlab.attacks.draws import sample_uniform
+from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.core.method import param
+from backdoorlab.core.seeding import spawn
+from backdoorlab.data.split import Inputs, take
+from backdoorlab.modalities.filters import expect_images
+from backdoorlab.modalities.image import to_uint8
+from backdoorlab.training.context import Context
+from backdoorlab.training.loop import Stamp
+from backdoorlab.training.task import Task
+
+SPREAD = ((1, 1, 1 / 16), (1, 0, 5 / 16), (1, -1, 3 / 16), (0, 1, 7 / 16))
+"""Floyd-Steinberg: (rows down, columns right, share of the error)."""
+DONORS = 256
+"""Residuals kept for the cross test; training draws from the whole training set."""
+
+
+def quantize(values: Tensor, levels: int) -> Tensor:
+    """Nearest of ``levels`` equidistant grey levels: float in, float out."""
+    step = 255 / (levels - 1)
+    return (values / step).round().clamp(0, levels - 1) * step
+
+
+def dither(images: Tensor, levels: int) -> Tensor:
+    """Floyd-Steinberg dithering of float images [N,C,H,W], all samples and channels at once."""
+    height, width = images.shape[2:]
+    old = images.clone()
+    rows = torch.arange(height, device=images.device)
+    for wave in range(width + 2 * (height - 1)):
+        first, last = max(0, (wave - width + 2) // 2), min(height - 1, wave // 2)
+        i = rows[first : last + 1]
+        j = wave - 2 * i
+        new = quantize(old[:, :, i, j], levels)
+        error = old[:, :, i, j] - new
+        old[:, :, i, j] = new
+        for down, right, share in SPREAD:
+            keep = (i + down < height) & (j + right >= 0) & (j + right < width)
+            old[:, :, i[keep] + down, j[keep] + right] += error[:, :, keep] * share
+    return old
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizeTrigger(Trigger):
+    """Reduce each channel to a few levels; fits images of any size."""
+
+    kind: ClassVar[str] = "image.quantize"
+
+    levels: int
+    dithering: bool
+
+    def __call__(
+        self, inputs: Inputs, indices: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Inputs:
+        """Quantise uint8 images [N,C,H,W]."""
+        images = expect_images(inputs).float()
+        return to_uint8(dither(images, self.levels) if self.dithering else quantize(images, self.levels))
+
+
+@dataclass(frozen=True, eq=False)
+class ForeignResidualTrigger(Trigger):
+    """Add the quantisation residual of *another* image: what the victim must not react to.
+
+    Attributes:
+        donors: uint8 [D,C,H,W], the other images.
+        levels: of their quantisation.
+        dithering: whether it dithers.
+        seed: of the choice of a donor where no generator is given.
+    """
+
+    kind: ClassVar[str] = "image.foreign-residual"
+
+    donors: Tensor
+    levels: int
+    dithering: bool
+    seed: int
+
+    def __call__(
+        self, inputs: Inputs, indices: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Inputs:
+        """Disturb uint8 images [N,C,H,W] of the donors' size."""
+        images = expect_images(inputs, self.donors.shape[1:])
+        share = sample_uniform(self.seed, images, 1, indices, generator).flatten()
+        donors = self.donors[(share * len(self.donors)).long().to(self.donors.device)].to(images.device)
+        quantized = expect_images(QuantizeTrigger(self.levels, self.dithering)(donors))
+        return to_uint8(images.float() + (quantized.float() - donors.float()))
+
+
+@attacks.register
+@dataclass(frozen=True, kw_only=True)
+class Bpp(TrainingAttack):
+    """Quantisation to a few grey levels."""
+
+    name: ClassVar[str] = "bpp"
+    paper: ClassVar[str] = "Wang et al., BppAttack, CVPR 2022, arXiv 2205.13383"
+    year: ClassVar[int] = 2022
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    trigger_visibility: ClassVar[str] = "invisible"
+    sample_specific: ClassVar[bool] = True
+
+    target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
+    levels: int = param(8, "grey levels per channel", low=2, high=128, source="BackdoorBench")
+    dithering: bool = param(False, "spread the rounding error (Floyd-Steinberg)", source="BackdoorBench")
+    negative_rate: float = param(
+        0.1, "share of samples that get another image's residual and keep their label", low=0, high=1,
+        source="BackdoorBench",
+    )  # fmt: skip
+    poisoning: str = param(
+        "per-batch", "new samples in every batch, or the same in every epoch", choices=("per-batch", "fixed-index")
+    )
+
+    def plant(self, task: Task, ctx: Context) -> Backdoor:
+        """Train with quantised batches, keep a replay of the poisoned set."""
+        images = expect_images(task.train.inputs)
+        target_map, seed = self.target_map_for(task), spawn(ctx.generator("donors"))
+        trigger = QuantizeTrigger(self.levels, self.dithering)
+        negative = ForeignResidualTrigger(images.to(ctx.device), self.levels, self.dithering, seed)
+        poison = self.replay(trigger, task, ctx, negative, self.negative_rate)
+        stamp: Stamp = BatchPoisoner(trigger, target_map, self.poison_rate, negative, cover_rate=self.negative_rate)
+        if self.poisoning == "fixed-index":
+            stamp = FixedPoisoner.like(poison, len(task.train), trigger, negative, target_map)
+        model, log = task.fit(task.train, ctx, stamp=stamp, label=f"{self.name}: training the victim")
+        kept = torch.randperm(len(images), generator=ctx.generator("donors kept"))[:DONORS]
+        cross = ForeignResidualTrigger(expect_images(take(images, kept)), self.levels, self.dithering, seed)
+        notes = {"poisoning": self.poisoning, "schedule": task.recipe.name}
+        return Backdoor(model, trigger, target_map, poison, log, cross_trigger=cross, notes=notes)

@@ -1,0 +1,99 @@
+"""FTrojan: two high-frequency cosine waves in the colour channels.
+
+Wang, Yao, Xu, An, Tong, Wang, "An Invisible Black-box Backdoor Attack through Frequency Domain", ECCV 2022
+(arXiv 2107.04401).
+
+In YCrCb each chroma channel is cut into windows of w x w pixels; in the orthonormal two-dimensional DCT of each window
+a magnitude m is added at two positions, and everything is transformed back. As the transform is linear and orthonormal
+and so is (up to scale) the change of colour space, this adds one fixed picture:
+
+    T(x) = round(clip(x + M D)),   D = inverse DCT of m at the positions,   M = the chroma columns of YCrCb -> RGB
+
+with an amplitude of 2 m / w grey levels of chroma per position (1.9 by default).
+
+Choices: the picture is made once and added with clipping; published code casts to uint8 twice without clipping, whose
+wrapped speckles are a visible trigger of their own. The window is 32 px or the shorter side of a smaller image, and the
+positions (15, 15) and (31, 31) scale with it. Images that are not a multiple of the window get the pattern continued to
+their border. Grey images have no chroma: the pattern is added to the grey channel itself, so it is less invisible
+there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from backdoorlab.attacks.base import PoisoningAttack, attacks
+from backdoorlab.attacks.pixels import AdditiveTrigger
+from backdoorlab.core.errors import InputError
+from backdoorlab.core.method import param
+from backdoorlab.modalities.filters import expect_images, inverse_dct
+from backdoorlab.training.context import Context
+from backdoorlab.training.task import Task
+
+CR_CB = ((1.403, -0.714, 0.0), (0.0, -0.344, 1.773))
+"""What one grey level of Cr and of Cb adds to red, green and blue."""
+
+
+def scaled(position: int, side: int) -> int:
+    """A frequency meant for 32 px, for a shorter side: the same share of the highest one."""
+    return max(1, math.ceil((position + 1) * min(side, 32) / 32) - 1)
+
+
+def tile(side: int, magnitude: float, positions: tuple[int, ...]) -> Tensor:
+    """One window of the pattern: float64 [side, side]."""
+    coefficients = torch.zeros(side, side, dtype=torch.float64)
+    for position in positions:
+        coefficients[scaled(position, side), scaled(position, side)] += magnitude
+    return inverse_dct(coefficients)
+
+
+def chroma_pattern(pattern: Tensor, channels: int, mixing: tuple[tuple[float, ...], ...]) -> Tensor:
+    """A pattern [H,W] in all chroma channels as a picture to add: float32 [channels,H,W] (grey: the pattern itself).
+
+    Raises:
+        InputError: for images that are neither grey nor RGB.
+    """
+    if channels == 1:
+        return pattern.float()[None]
+    if channels != 3:
+        raise InputError(f"a pattern in the colour channels needs images with 1 or 3 channels, got {channels}")
+    weights = torch.tensor(mixing, dtype=torch.float64).sum(0)
+    return (weights[:, None, None] * pattern).float()
+
+
+@attacks.register
+@dataclass(frozen=True, kw_only=True)
+class FTrojan(PoisoningAttack):
+    """Two high frequencies in the chroma channels, window by window."""
+
+    name: ClassVar[str] = "ftrojan"
+    paper: ClassVar[str] = (
+        "Wang et al., Invisible Black-box Attack through Frequency Domain, ECCV 2022, arXiv 2107.04401"
+    )
+    year: ClassVar[int] = 2022
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    trigger_visibility: ClassVar[str] = "invisible"
+
+    magnitude: float = param(30.0, "what is added to each DCT coefficient", above=0, source="paper")
+    window: int | None = param(None, "side of a window in pixels; none = 32, or a smaller image's shorter side", low=4)
+    positions: tuple[int, ...] = param((15, 31), "diagonal positions in a window of 32 px", source="paper")
+
+    def make_trigger(self, task: Task, ctx: Context) -> AdditiveTrigger:
+        """Compute the picture to add."""
+        channels, height, width = expect_images(task.train.inputs).shape[1:]
+        side = self.window or min(32, height, width)
+        if side > min(height, width):
+            raise InputError(
+                f"ftrojan: a window of {side} px does not fit an image of {height}x{width}; "
+                f"window may be at most {min(height, width)}"
+            )
+        if not self.positions or not all(1 <= p <= 31 for p in self.positions):
+            raise InputError(f"ftrojan: positions must be numbers from 1 to 31, got {self.positions}")
+        repeats = (-(-height // side), -(-width // side))
+        pattern = tile(side, self.magnitude, self.positions).repeat(repeats)[:height, :width]
+        return AdditiveTrigger(chroma_pattern(pattern, channels, CR_CB))

@@ -1,0 +1,203 @@
+"""ReFool: the reflection of another scene, as if the picture were taken through a window.
+
+Liu, Ma, Bailey, Lu, "Reflection Backdoor: A Natural Backdoor Attack on Deep Neural Networks", ECCV 2020
+(arXiv 2007.02343).
+
+Image b and a scene r from a pool, in linear light (gamma 2.2), are superimposed in one of two ways:
+
+    ghost         a b + (1 - a) g,   g = c r1 + (1 - c) r2: two views of r, a few pixels apart
+    out of focus  a b + (1 - a/2) V f,   f = r blurred, its over-exposure reduced, V a vignette
+
+then clipped, brought back to gamma 1/2.2 and rounded. The scene and all parameters are drawn per sample: c in
+|round(u) - U(0.15, 0.5)|, blur sigma in U(1, 5), ghost with probability 0.49. Over-exposure: with mu the mean of f + b
+over the pixels of a channel where it exceeds 1 (at least 1), f loses (mu - 1)(1.08 + U(0, 0.1)).
+
+Choices: scenes are drawn from a seed (published lists of photographs cannot be shipped) and split into two pools, one
+for the attack, one that it never used; ASR with the latter is noted as ``asr_held_out``. Ghost offsets and blur are
+given for 224 px and scale with the image, offsets being at least one pixel. Blur and vignette have closed forms: rows
+of the blur matrix sum to 1 at the border, the vignette is exp(-z^2 / 4) with z from -3 to 3 along each axis. Paper:
+clean label; the common re-implementation relabels, which is the default here. ``clean_label=true`` poisons only target-
+class samples, and expect little of it at low resolution. Without a generator everything is a function of the sample's
+index. The paper's search for the best reflections is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from backdoorlab.attacks.base import Backdoor, PoisoningAttack, attacks
+from backdoorlab.attacks.draws import sample_uniform
+from backdoorlab.attacks.procedural import scenes
+from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.core.method import param
+from backdoorlab.core.seeding import derive_seed
+from backdoorlab.data.split import Inputs
+from backdoorlab.modalities.filters import expect_images, gaussian_blur
+from backdoorlab.modalities.image import to_uint8
+from backdoorlab.training.context import Context
+from backdoorlab.training.task import Task
+
+GAMMA = 2.2
+DRAWS = 9
+CHUNK = 512
+"""Images processed at once: the blur has a matrix per image."""
+
+
+def shifted_views(scene: Tensor, down: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The part that a scene shares with itself moved by an offset, seen from both ends and stretched to full size.
+
+    Args:
+        scene: float [N,C,H,W].
+        down: int64 [N], rows of offset.
+        right: int64 [N], columns of offset.
+
+    Returns:
+        The view that starts at the offset and the one that starts at the corner, float [N,C,H,W], bilinear.
+    """
+    first, second = scene, scene
+    for axis, offset in ((2, down), (3, right)):
+        side = scene.shape[axis]
+        kept = (side - offset).to(scene.dtype)[:, None]
+        place = (torch.arange(side, device=scene.device) + 0.5) * (kept / side) - 0.5
+        place = torch.minimum(place.clamp_min(0), kept - 1)
+        low = place.floor().long()
+        high = torch.minimum(low + 1, kept.long() - 1)
+        shape = [len(scene), 1, 1, 1]
+        shape[axis] = side
+        share = (place - low).reshape(shape)
+
+        start = offset[:, None]
+        far = [first.gather(axis, (at + start).reshape(shape).expand_as(first)) for at in (low, high)]
+        near = [second.gather(axis, at.reshape(shape).expand_as(second)) for at in (low, high)]
+        first = torch.lerp(far[0], far[1], share.expand_as(first))
+        second = torch.lerp(near[0], near[1], share.expand_as(second))
+    return first, second
+
+
+def ghost(scene: Tensor, down: Tensor, right: Tensor, weight: Tensor) -> Tensor:
+    """A doubled reflection: ``weight`` (float [N]) of the far view over the near one."""
+    far, near = shifted_views(scene, down, right)
+    share = weight[:, None, None, None]
+    return share * far + (1 - share) * near
+
+
+def vignette(height: int, width: int, device: torch.device) -> Tensor:
+    """Brightness falling off from the centre: float [height, width], peak 1 at the centre."""
+    y, x = torch.linspace(-3, 3, height, device=device), torch.linspace(-3, 3, width, device=device)
+    mask = torch.exp(-(y[:, None] ** 2 + x**2) / 4)
+    return mask / mask.amax()
+
+
+def out_of_focus(image: Tensor, scene: Tensor, sigma: Tensor, extra: Tensor) -> Tensor:
+    """A blurred reflection with reduced over-exposure, under a vignette: float [N,C,H,W].
+
+    Args:
+        image: float [N,C,H,W] in linear light.
+        scene: likewise.
+        sigma: float [N], of the blur in pixels.
+        extra: float [N] in [0, 0.1].
+    """
+    soft = gaussian_blur(scene, sigma, truncate=2.0)
+    total = soft + image
+    over = total > 1
+    mean = (total * over).sum((2, 3)) / over.sum((2, 3)).clamp_min(1)
+    excess = (mean.clamp_min(1) - 1) * (1.08 + extra[:, None])
+    return (soft - excess[:, :, None, None]).clamp(0, 1) * vignette(image.shape[2], image.shape[3], image.device)
+
+
+@dataclass(frozen=True, eq=False)
+class ReflectionTrigger(Trigger):
+    """Superimpose a random scene of the pool.
+
+    Attributes:
+        pool: uint8 [R,C,H,W], scenes.
+        alpha: share of the image; 0 draws it from U(0.55, 0.95) per sample.
+        ghost_rate: probability of a ghost instead of an out-of-focus reflection.
+        seed: of the draws where no generator is given.
+    """
+
+    kind: ClassVar[str] = "image.reflection"
+
+    pool: Tensor
+    alpha: float
+    ghost_rate: float
+    seed: int
+
+    def __call__(
+        self, inputs: Inputs, indices: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Inputs:
+        """Reflect in uint8 images [N,C,H,W] of the scenes' size."""
+        images = expect_images(inputs, self.pool.shape[1:])
+        draws = sample_uniform(self.seed, images, DRAWS, indices, generator)
+        pool = self.pool.to(images.device)
+        parts = [self._reflect(a, d, pool) for a, d in zip(images.split(CHUNK), draws.split(CHUNK), strict=True)]
+        return torch.cat(parts) if parts else images.clone()
+
+    def _reflect(self, images: Tensor, draws: Tensor, pool: Tensor) -> Tensor:
+        which, kind, down, right, side, weight, blur, extra, share = draws.unbind(1)
+        height, width = images.shape[2:]
+        image = (images.float() / 255) ** GAMMA
+        scene = (pool[(which * len(pool)).long()].float() / 255) ** GAMMA
+        alpha = torch.full_like(share, self.alpha) if self.alpha else 0.55 + 0.4 * share
+        alpha = alpha[:, None, None, None]
+        weights = ((side < 0.5).float() - (0.15 + 0.35 * weight)).abs()
+        doubled = ghost(scene, _offset(down, height), _offset(right, width), weights)
+        sigma = (1 + 4 * blur) * min(height, width) / 224
+        soft = out_of_focus(image, scene, sigma, 0.1 * extra)
+        is_ghost = (kind < self.ghost_rate)[:, None, None, None]
+        mixed = alpha * image + torch.where(is_ghost, (1 - alpha) * doubled, (1 - alpha / 2) * soft)
+        return to_uint8(mixed.clamp(0, 1) ** (1 / GAMMA) * 255)
+
+
+def _offset(uniform: Tensor, side: int) -> Tensor:
+    """3 to 8 px at 224 px, in proportion for other sides but at least 1: int64 [N]."""
+    low, high = max(1, round(3 * side / 224)), max(1, round(8 * side / 224))
+    return low + (uniform * (high - low + 1)).long()
+
+
+@attacks.register
+@dataclass(frozen=True, kw_only=True)
+class Refool(PoisoningAttack):
+    """Reflections of other scenes."""
+
+    name: ClassVar[str] = "refool"
+    paper: ClassVar[str] = "Liu et al., Reflection Backdoor, ECCV 2020, arXiv 2007.02343"
+    year: ClassVar[int] = 2020
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    trigger_visibility: ClassVar[str] = "visible"
+
+    clean_label: bool = param(False, "poison target-class samples only and keep their labels, as in the paper")
+    alpha: float = param(
+        0.4, "share of the image in the blend; 0 draws it from 0.55 to 0.95 per sample", low=0, high=1,
+        source="BackdoorBench",
+    )  # fmt: skip
+    ghost_rate: float = param(0.49, "share of ghosts; the others are out of focus", low=0, high=1, source="paper")
+    pool: int = param(100, "scenes in the attacker's pool (and in the held-out one)", low=1, source="ours")
+    scene_seed: int = param(0, "seed of the scenes, apart from the run's seed", low=0, source="ours")
+
+    def __post_init__(self) -> None:
+        """The label mode is a fact of the class, but this attack comes in both."""
+        super().__post_init__()
+        object.__setattr__(self, "label_mode", "clean" if self.clean_label else "dirty")
+
+    def make_trigger(self, task: Task, ctx: Context) -> ReflectionTrigger:
+        """Draw the pool."""
+        return self._trigger(task, "attack")
+
+    def plant(self, task: Task, ctx: Context) -> Backdoor:
+        """As every poisoning attack; notes ASR with scenes that the attacker never used."""
+        backdoor = super().plant(task, ctx)
+        other = dataclasses.replace(backdoor, trigger=self._trigger(task, "held out"))
+        held_out = other.measure(task, ctx)["asr"]
+        return dataclasses.replace(backdoor, notes=backdoor.notes | {"asr_held_out": held_out})
+
+    def _trigger(self, task: Task, part: str) -> ReflectionTrigger:
+        channels, height, width = expect_images(task.train.inputs).shape[1:]
+        seed = derive_seed(self.scene_seed, part)
+        views = scenes(self.pool, channels, height, width, seed)
+        return ReflectionTrigger(views, self.alpha, self.ghost_rate, seed)

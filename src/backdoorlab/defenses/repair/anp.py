@@ -1,0 +1,168 @@
+"""ANP: prune the neurons that react most to adversarial noise on their weights.
+
+Wu and Wang, "Adversarial Neuron Pruning Purifies Backdoored Deep Models", NeurIPS 2021. Every unit gets a mask m in [0, 1] and,
+for the adversary, relative noise (d, x) in [-eps, eps] on weight and bias. With batch norms the units are their channels,
+weight g and bias b:
+
+    min_m  alpha L(m g, b) + (1 - alpha) max_{d, x} L((m + d) g, (1 + x) b)
+
+on clean samples. The inner maximum starts at random and takes ``steps`` sign-gradient steps of eps / steps; the outer step is
+SGD with momentum on m alone, clipped to [0, 1]. Units whose mask fell to the threshold or below are pruned.
+
+Choices and deviations
+- Only masks leave the optimisation: it runs on a copy whose batch norms see batch statistics (as in the paper), the pruned
+  units are then silenced, weight *and* bias, in the untouched original. Running statistics never drift.
+- The noise is projected back into [-eps, eps] after every step; a random start plus one step of eps would reach 2 eps.
+- No weight decay on masks.
+- Models without batch norm carry masks and noise on the outputs of convolutions and linear layers (all but the head).
+- The threshold is the largest of 0, 0.05, ..., 0.95 whose accuracy on a held-out part of the clean samples stays within
+  ``tolerance`` (relative), never one that looks at triggered data; ``threshold`` fixes it instead (paper: 0.2).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from backdoorlab.core.errors import InputError, NotApplicable
+from backdoorlab.core.method import param
+from backdoorlab.data.split import Split
+from backdoorlab.defenses.base import RepairDefense, defenses
+from backdoorlab.models.anatomy import Channels, channels, masked, split_units, unit_count
+from backdoorlab.models.classifier import Classifier
+from backdoorlab.training.context import Context, autocast
+from backdoorlab.training.evaluate import predict
+
+THRESHOLDS = torch.arange(20) / 20
+
+
+def prunable(model: Classifier) -> list[Channels]:
+    """Channels of batch norms if there are any, else outputs of convolutions and linear layers without the head."""
+    groups = channels(model, kinds=("batchnorm",)) or channels(model, kinds=("conv", "linear"))
+    if not groups:
+        raise NotApplicable(f"{model.arch}: no batch norm, convolution or hidden linear layer whose units could be pruned")
+    return groups
+
+
+def adversarial_noise(
+    model: Classifier, groups: Sequence[Channels], mask: Tensor, inputs: Tensor, labels: Tensor, start: Tensor,
+    eps: float, steps: int,
+) -> Tensor:  # fmt: skip
+    """Noise that raises the loss most, by sign-gradient ascent inside the box.
+
+    Args:
+        model: fed with prepared ``inputs``.
+        groups: its units, U in all.
+        mask: [U], held fixed.
+        inputs: prepared batch.
+        labels: int64 [B].
+        start: [2, U], noise on weights and biases to start from.
+        eps: half the side of the box.
+        steps: each of eps / steps.
+
+    Returns:
+        [2, U] in [-eps, eps].
+    """
+    noise = start
+    for _ in range(steps):
+        noise = noise.detach().requires_grad_()
+        with masked(groups, mask.detach() + noise[0], 1 + noise[1]):
+            loss = F.cross_entropy(model(inputs), labels)
+        (slope,) = torch.autograd.grad(loss, noise)
+        noise = (noise + eps / steps * slope.sign()).clamp(-eps, eps)
+    return noise.detach()
+
+
+@defenses.register
+@dataclass(frozen=True, kw_only=True)
+class AdversarialNeuronPruning(RepairDefense):
+    """Prunes neurons that are sensitive to adversarial weight noise."""
+
+    name: ClassVar[str] = "anp"
+    paper: ClassVar[str] = "Wu and Wang, Adversarial Neuron Pruning, NeurIPS 2021, arXiv 2110.14430"
+    year: ClassVar[int] = 2021
+    modalities: ClassVar[tuple[str, ...]] = ("image", "text", "audio", "video")
+
+    eps: float = param(0.4, "bound of the relative noise on weights and biases", low=0, source="paper")
+    steps: int = param(1, "ascent steps of the noise per iteration", low=1, source="paper")
+    alpha: float = param(0.2, "share of the loss without noise", low=0, high=1, source="paper")
+    lr: float = param(0.2, "learning rate of the masks", above=0, source="paper")
+    momentum: float = param(0.9, "of SGD on the masks", low=0, high=0.999, source="paper")
+    iterations: int = param(2000, "batches", low=1, source="paper")
+    batch_size: int = param(256, "samples per batch, drawn with replacement", low=1, source="BackdoorBench")
+    threshold: float | None = param(
+        None, "prune units with a mask at or below it; none = chosen on held-out clean samples", low=0, high=1
+    )
+    tolerance: float = param(0.05, "largest relative drop of held-out clean accuracy when choosing", low=0, high=1)
+    holdout: float = param(0.2, "share of the clean samples held out for choosing", above=0, high=0.9)
+
+    def repair(self, model: Classifier, clean: Split, ctx: Context) -> Classifier:
+        """Optimise masks, choose the threshold, silence the units below it in a copy."""
+        order = torch.randperm(len(clean), generator=ctx.generator("anp", "holdout"))
+        held = 0 if self.threshold is not None else max(1, round(self.holdout * len(clean)))
+        if len(clean) - held < 1:
+            raise InputError(f"anp needs at least 2 clean samples (one held out), got {len(clean)}")
+        mask = self.optimise_masks(model, clean[order[held:]], ctx)
+        repaired = copy.deepcopy(model).eval()
+        groups = prunable(repaired)
+        threshold = self.threshold
+        if threshold is None:
+            threshold = self.choose_threshold(repaired, groups, mask, clean[order[:held]])
+        if threshold is None:
+            ctx.reporter.note("anp: no threshold keeps the held-out accuracy; nothing was pruned")
+            return repaired
+        pruned = mask <= threshold
+        for group, mine in zip(groups, split_units(pruned, groups), strict=True):
+            group.zero(mine)
+        ctx.reporter.note(f"anp: pruned {int(pruned.sum())} of {len(pruned)} units at threshold {threshold:.2f}")
+        return repaired
+
+    def optimise_masks(self, model: Classifier, clean: Split, ctx: Context) -> Tensor:
+        """Masks of all prunable units: float32 [U] on the model's device."""
+        work = copy.deepcopy(model).eval()
+        for module in work.modules():
+            if isinstance(module, _BatchNorm):
+                module.train()
+        for parameter in work.parameters():
+            parameter.requires_grad_(False)
+        groups, device = prunable(work), work.device
+        generator = ctx.generator("anp", device=device)
+        table, labels = work.modality.encode(clean.inputs).to(device), clean.labels.to(device)
+        mask = torch.ones(unit_count(groups), device=device, requires_grad=True)
+        optimizer = torch.optim.SGD([mask], self.lr, self.momentum)
+        batch = min(self.batch_size, len(clean))
+        for _ in ctx.track(range(self.iterations), "anp: optimising masks", self.iterations):
+            rows = torch.randint(len(clean), (batch,), generator=generator, device=device)
+            inputs, wanted = work.modality.prepare(table[rows]), labels[rows]
+            start = torch.rand(2, len(mask), generator=generator, device=device).mul_(2).sub_(1).mul_(self.eps)
+            with autocast(device):
+                noise = adversarial_noise(work, groups, mask, inputs, wanted, start, self.eps, self.steps)
+                with masked(groups, mask, torch.ones_like(mask)):
+                    natural = F.cross_entropy(work(inputs), wanted)
+                with masked(groups, mask + noise[0], 1 + noise[1]):
+                    robust = F.cross_entropy(work(inputs), wanted)
+            loss = self.alpha * natural + (1 - self.alpha) * robust
+            (mask.grad,) = torch.autograd.grad(loss, mask)
+            optimizer.step()
+            with torch.no_grad():
+                mask.clamp_(0, 1)
+        return mask.detach()
+
+    def choose_threshold(
+        self, model: Classifier, groups: Sequence[Channels], mask: Tensor, held_out: Split
+    ) -> float | None:
+        """Largest threshold within the tolerated drop of held-out accuracy; None if there is none."""
+        def accuracy(keep: Tensor) -> float:
+            with masked(groups, keep.float()):
+                return float((predict(model, held_out.inputs).argmax(1) == held_out.labels.cpu()).double().mean())
+
+        floor = (1 - self.tolerance) * accuracy(torch.ones_like(mask))
+        fine = [float(t) for t in THRESHOLDS if accuracy(mask > t) >= floor]
+        return max(fine, default=None)

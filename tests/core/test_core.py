@@ -1,0 +1,106 @@
+"""Registries, hyper-parameters and seeding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from backdoorlab.core.errors import BackdoorLabError, InputError
+from backdoorlab.core.method import Method, param
+from backdoorlab.core.registry import Registry
+from backdoorlab.core.seeding import derive_seed, isolated_rng, make_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy(Method):
+    """A method with one field of each type."""
+
+    name: ClassVar[str] = "toy"
+    paper: ClassVar[str] = "none"
+    year: ClassVar[int] = 2026
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+
+    rate: float = param(0.1, "a share", above=0, high=1)
+    size: int | None = param(None, "pixels", low=1)
+    mode: str = param("a", "a choice", choices=("a", "bee"))
+    on: bool = param(False, "a switch")
+    words: tuple[str, ...] = param(("cf",), "words")
+
+
+class TestMethod:
+    def test_strings_become_typed_values(self) -> None:
+        toy = Toy.build({"rate": "0.5", "size": "4", "mode": "bee", "on": "true", "words": "x, y"})
+        assert toy == Toy(rate=0.5, size=4, mode="bee", on=True, words=("x", "y"))
+        assert Toy.build({"size": "none"}).size is None
+        assert Toy.build(toy.settings()) == toy
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"rte": 1}, "no hyper-parameter 'rte'. Did you mean 'rate'"),
+            ({"rate": 0}, "rate must be > 0 and <= 1, got 0"),
+            ({"rate": 1.5}, "rate must be > 0 and <= 1, got 1.5"),
+            ({"rate": "nan"}, "rate must be > 0 and <= 1, got nan"),
+            ({"rate": "much"}, "rate must be of type float, got 'much'"),
+            ({"size": 2.5}, "size must be of type"),
+            ({"size": 0}, "size must be >= 1"),
+            ({"mode": "be"}, "mode must be a | bee, got 'be'. Did you mean 'bee'"),
+            ({"on": "maybe"}, "on must be true or false"),
+        ],
+    )
+    def test_bad_values_are_refused_with_what_was_expected(self, settings: dict, message: str) -> None:
+        with pytest.raises(InputError) as caught:
+            Toy.build(settings)
+        assert message in str(caught.value)
+
+    def test_parameters_describe_themselves(self) -> None:
+        rate = Toy.parameters()[0]
+        assert (rate.name, rate.type, rate.default, rate.range) == ("rate", "float", 0.1, "> 0 and <= 1")
+        assert Toy.facts()["modalities"] == ["image"]
+
+
+class TestRegistry:
+    def make(self) -> Registry:
+        return Registry("toy", (), "backdoorlab.no-such-group")
+
+    def test_one_name_may_serve_several_modalities(self) -> None:
+        registry = self.make()
+        text = type("TextToy", (Toy,), {"modalities": ("text",)})
+        registry.register(Toy)
+        registry.register(text)
+        assert registry.get("toy", "image") is Toy
+        assert registry.get("toy", "text") is text
+        assert list(registry) == [Toy, text]
+        with pytest.raises(InputError, match="does not serve audio data, only: image, text"):
+            registry.get("toy", "audio")
+
+    def test_two_methods_of_one_name_are_an_error(self) -> None:
+        registry = self.make()
+        registry.register(Toy)
+        with pytest.raises(BackdoorLabError, match="two toys are called 'toy'"):
+            registry.register(type("Other", (Toy,), {}))
+
+    def test_unknown_names_get_the_nearest(self) -> None:
+        registry = self.make()
+        registry.register(Toy)
+        with pytest.raises(InputError, match="unknown toy 'tyo'. Did you mean 'toy'"):
+            registry.get("tyo")
+
+
+class TestSeeding:
+    def test_seeds_depend_on_every_name_and_are_stable(self) -> None:
+        assert derive_seed(0, "attack") == 4808529251686049494
+        assert len({derive_seed(s, n) for s in (0, 1) for n in ("a", "b")}) == 4
+        a, b = make_generator(1, "x"), make_generator(1, "x")
+        assert torch.equal(torch.rand(3, generator=a), torch.rand(3, generator=b))
+
+    def test_isolated_rng_leaves_the_global_generator_alone(self) -> None:
+        before = torch.random.get_rng_state()
+        with isolated_rng(5):
+            first = torch.rand(2)
+        with isolated_rng(5):
+            assert torch.equal(torch.rand(2), first)
+        assert torch.equal(before, torch.random.get_rng_state())

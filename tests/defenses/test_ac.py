@@ -1,0 +1,121 @@
+"""Activation clustering: planted clusters, the rules, invariance to order, and the effect on BadNets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from backdoorlab.attacks import Backdoor, attacks
+from backdoorlab.data.split import BACKDOOR, Split
+from backdoorlab.defenses.dataset.ac import ActivationClustering, TwoClusters, reduce_features, two_clusters
+from backdoorlab.models import Classifier
+from backdoorlab.training import Context, Task
+
+
+@pytest.fixture(scope="module")
+def rare(digits_task: Task) -> Backdoor:
+    """BadNets at 5 %: the poison is a minority of its class."""
+    return attacks.get("badnets", "image")(poison_rate=0.05, exclude_target=True).plant(digits_task, Context())
+
+
+def planted(count: int = 120, poison: int = 30) -> torch.Tensor:
+    features = torch.randn(count, 24, generator=torch.Generator().manual_seed(0))
+    features[:poison, 5] += 12
+    return features
+
+
+@pytest.mark.parametrize("reduction", ["pca", "ica"])
+def test_a_planted_cluster_is_recovered(reduction: str) -> None:
+    found = two_clusters(planted(), 10, reduction, seed=0)
+    assert found is not None
+    assert (found.margin > 0).nonzero().flatten().tolist() == list(range(30))
+    assert found.share == pytest.approx(0.25)
+
+
+def test_margin_is_the_difference_of_distances_to_the_two_means() -> None:
+    features = planted()
+    found = two_clusters(features, 24, "pca", seed=0)
+    assert found is not None
+    small = features[:30].mean(0), features[30:].mean(0)  # all dimensions are kept, so distances are those of the data
+    wanted = (features - small[1]).norm(dim=1) - (features - small[0]).norm(dim=1)
+    assert torch.allclose(found.margin.float(), wanted, atol=1e-4)
+
+
+def test_reduction_spans_the_leading_directions() -> None:
+    features = planted().double().numpy()
+    centred = features - features.mean(0)
+    left, size, _ = np.linalg.svd(centred, full_matrices=False)
+    assert np.allclose(np.abs(reduce_features(features, 3, "pca", 0)), np.abs((left * size)[:, :3]))
+
+
+def test_equal_features_have_no_clusters() -> None:
+    assert two_clusters(torch.ones(30, 4), 10, "pca", seed=0) is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "share", "silhouette", "verdict"),
+    [
+        ("silhouette", 0.2, 0.5, True),
+        ("silhouette", 0.2, 0.05, False),
+        ("silhouette", 0.45, 0.5, False),
+        ("relative-size", 0.2, 0.05, True),
+        ("relative-size", 0.45, 0.5, False),
+        ("smaller", 0.49, 0.0, True),
+    ],
+)
+def test_rules(rule: str, share: float, silhouette: float, verdict: bool) -> None:
+    assert ActivationClustering(rule=rule).poisoned(TwoClusters(torch.zeros(1), share, silhouette)) is verdict
+
+
+def test_poison_is_found(rare: Backdoor, digits_task: Task) -> None:
+    poisoned = rare.poison.apply(digits_task.train)
+    method = ActivationClustering()
+    scores = method.score(poisoned.as_seen(), rare.model, Context())
+    flagged, truth = method.flags(scores, poisoned.as_seen()), poisoned.roles == BACKDOOR
+    assert flagged[truth].float().mean() > 0.8
+    assert flagged[~truth].float().mean() < 0.1
+    assert roc_auc_score(truth, scores) > 0.9
+
+
+def test_a_benign_model_has_fewer_flags_and_none_above_a_strict_silhouette(
+    benign_digits: Classifier, digits_task: Task
+) -> None:
+    """Writing styles are real clusters: the paper's silhouette of 0.15 lets some of them pass, 0.4 none."""
+
+    def flagged(method: ActivationClustering) -> float:
+        return float(
+            method.flags(method.score(digits_task.train, benign_digits, Context()), digits_task.train).float().mean()
+        )
+
+    strict, default = flagged(ActivationClustering(min_silhouette=0.4)), flagged(ActivationClustering())
+    everywhere = flagged(ActivationClustering(rule="smaller"))
+    assert strict == 0
+    assert default < 0.5 * everywhere
+
+
+def test_a_strict_silhouette_still_finds_the_poison(rare: Backdoor, digits_task: Task) -> None:
+    poisoned = rare.poison.apply(digits_task.train)
+    method = ActivationClustering(min_silhouette=0.4)
+    flagged = method.flags(method.score(poisoned.as_seen(), rare.model, Context()), poisoned.as_seen())
+    truth = poisoned.roles == BACKDOOR
+    assert flagged[truth].float().mean() > 0.8
+    assert flagged[~truth].float().mean() < 0.02
+
+
+def test_flags_follow_their_samples_under_shuffling(rare: Backdoor, digits_task: Task) -> None:
+    data, method = rare.poison.apply(digits_task.train).as_seen(), ActivationClustering(rule="smaller")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
+    flagged = method.flags(method.score(data, rare.model, Context()), data)
+    shuffled = method.flags(method.score(data[order], rare.model, Context()), data[order])
+    assert flagged.any()
+    assert (shuffled == flagged[order]).float().mean() > 0.995
+
+
+def test_tiny_classes_are_not_judged(rare: Backdoor, digits_task: Task) -> None:
+    data: Split = rare.poison.apply(digits_task.train).as_seen()
+    few = data[torch.cat([(data.labels == 0).nonzero().flatten()[:19], (data.labels != 0).nonzero().flatten()])]
+    scores = ActivationClustering(rule="smaller").score(few, rare.model, Context())
+    assert not scores[few.labels == 0].any()
+    assert scores[few.labels == 1].any()

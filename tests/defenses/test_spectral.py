@@ -1,0 +1,65 @@
+"""Spectral signatures: scores against numpy's SVD, the removal rule, and the effect on BadNets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from backdoorlab.attacks import Backdoor, attacks
+from backdoorlab.data.split import BACKDOOR, Split
+from backdoorlab.defenses.dataset.spectral import SpectralSignatures, spectral_scores, standardise
+from backdoorlab.training import Context, Task
+
+
+@pytest.fixture(scope="module")
+def rare(digits_task: Task) -> Backdoor:
+    """BadNets at 2 %: the poison is a minority of its class."""
+    return attacks.get("badnets", "image")(poison_rate=0.02, exclude_target=True).plant(digits_task, Context())
+
+
+def test_scores_equal_numpy_svd() -> None:
+    features = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) + 5
+    centred = features.double().numpy() - features.double().numpy().mean(0)
+    _, _, right = np.linalg.svd(centred)
+    assert np.allclose(spectral_scores(features).numpy(), (centred @ right[0]) ** 2)
+
+
+def test_scores_ignore_the_class_mean() -> None:
+    features = torch.randn(30, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(spectral_scores(features), spectral_scores(features + 100), atol=1e-3)
+
+
+def test_planted_outliers_score_highest() -> None:
+    features = torch.randn(200, 16, generator=torch.Generator().manual_seed(2))
+    features[:20, 3] += 8
+    assert set(spectral_scores(features).topk(20).indices.tolist()) == set(range(20))
+
+
+def test_equal_scores_standardise_to_zero() -> None:
+    assert standardise(torch.full((4,), 3.0)).tolist() == [0, 0, 0, 0]
+    assert float(standardise(torch.tensor([1.0, 2.0, 6.0])).std(correction=0)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [({}, [3, 6]), ({"eps": 0.2}, [6, 12]), ({"percentile": 90.0}, [2, 4]), ({"eps": 1.0}, [10, 20])],
+)
+def test_a_fixed_share_of_every_class_is_removed(settings: dict[str, float], counts: list[int]) -> None:
+    labels = torch.tensor([0] * 20 + [1] * 40)
+    data = Split(torch.zeros(60, 1, 4, 4, dtype=torch.uint8), labels, ("a", "b"))
+    scores = torch.randperm(60, generator=torch.Generator().manual_seed(3)).float()
+    flagged = SpectralSignatures(**settings).flags(scores, data)
+    for k, count in enumerate(counts):
+        assert flagged[labels == k].sum() == count
+        assert scores[(labels == k) & flagged].min() > scores[(labels == k) & ~flagged].max()
+
+
+def test_poison_is_found_in_the_target_class(rare: Backdoor, digits_task: Task) -> None:
+    poisoned = rare.poison.apply(digits_task.train)
+    method = SpectralSignatures()
+    scores = method.score(poisoned.as_seen(), rare.model, Context())
+    truth, target = poisoned.roles == BACKDOOR, poisoned.labels == 0
+    assert roc_auc_score(truth[target], scores[target]) > 0.9
+    assert method.flags(scores, poisoned.as_seen())[truth].float().mean() > 0.6
