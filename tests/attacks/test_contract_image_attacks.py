@@ -51,7 +51,7 @@ def tiny_task(shape: tuple[int, int, int], samples: int = SAMPLES) -> Task:
     inputs = torch.randint(0, 256, (samples, *shape), generator=generator, dtype=torch.uint8)
     labels = torch.arange(samples) % CLASSES
     split = Split(inputs, labels, ("a", "b", "c", "d"))
-    data = Dataset("tiny", "image", split, split[torch.arange(24)])
+    data = Dataset("tiny", "image", split, split[torch.arange(min(24, samples))])
     spec = TaskSpec(dataset=DatasetSpec(name="tiny"), model="convnet3", recipe="smoke")
     return Task(spec, data, modality_of(data), Recipe(epochs=1, batch_size=16, lr=0.05))
 

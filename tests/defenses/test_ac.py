@@ -75,7 +75,7 @@ def test_poison_is_found(rare: Backdoor, digits_task: Task) -> None:
     scores = method.score(poisoned.as_seen(), rare.model, Context())
     flagged, truth = method.flags(scores, poisoned.as_seen()), poisoned.roles == BACKDOOR
     assert flagged[truth].float().mean() > 0.8
-    assert flagged[~truth].float().mean() < 0.1
+    assert flagged[truth].float().mean() > 5 * flagged[~truth].float().mean()
     assert roc_auc_score(truth, scores) > 0.9
 
 

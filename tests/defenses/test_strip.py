@@ -96,7 +96,7 @@ def test_threshold_keeps_the_false_rejection_rate_on_calibration(badnets_digits:
     used = {x.numpy().tobytes() for x in detector.overlays}
     held_out = clean.inputs[order[50:]]
     assert not any(x.numpy().tobytes() in used for x in held_out), "overlays and calibration must be disjoint"
-    assert detector.flags(detector.score(held_out)).sum() == 5
+    assert detector.flags(detector.score(held_out)).sum() == 4  # as many as 10 % of 50 allow without exceeding it
     again = Strip(overlays=10, frr=0.1).fit(badnets_digits.model, clean, ctx)
     assert again.threshold == detector.threshold
 

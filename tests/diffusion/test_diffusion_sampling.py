@@ -54,7 +54,7 @@ def test_matched_shift_equals_known_closed_forms(timesteps: int) -> None:
     schedule = Schedule.linear(timesteps)
     rho = trigger_path(schedule)
     torch.testing.assert_close(matched_shift(schedule, rho, "ancestral"), posterior_shift(schedule))
-    # InviBackdoor's coefficient (with A_{-1} = 1) is the DDIM shift of the same path, and nearly twice k_t at high noise.
+    # InviBackdoor's coefficient is the DDIM shift of the same path, and nearly twice k_t at high noise.
     now, before = schedule.cumulative, schedule.previous
     invi = (before.sqrt() - now.sqrt()) / (before.sqrt() * (1 - now).sqrt() - now.sqrt() * (1 - before).sqrt())
     ddim = matched_shift(schedule, rho, "ddim")
@@ -76,7 +76,7 @@ def test_unknown_sampler_names_the_nearest() -> None:
 
 
 def _trajectory(schedule: Schedule, shift: Tensor, sampler: str) -> tuple[float, float]:
-    """A network that knows the truth predicts e + shift_t r: largest deviation from the triggered path, and mean x_0."""
+    """Of a network that knows the truth and predicts e + shift_t r: largest deviation from the path, and mean x_0."""
     level, rho, h = schedule.cumulative.tolist(), trigger_path(schedule).tolist(), shift.tolist()
     target, r, strayed = 0.5, -1.0, []
 

@@ -13,7 +13,13 @@ from backdoorlab.data.split import Dataset, Split, text_array
 from backdoorlab.modalities import modality_from_config, modality_of
 from backdoorlab.modalities.text import PAD, RARE_TRIGGERS, UNK, TextModality, fit_vocabulary, tokenize
 
-TEXTS = ["A fine, FINE film!", "the film isn't fine .", "", "dull dull dull plot ; the end", "It's the   end of the film"]
+TEXTS = [
+    "A fine, FINE film!",
+    "the film isn't fine .",
+    "",
+    "dull dull dull plot ; the end",
+    "It's the   end of the film",
+]
 
 
 @pytest.fixture(scope="module")

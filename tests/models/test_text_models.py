@@ -84,7 +84,9 @@ def test_textcnn_equals_a_loop_over_windows(modality: TextModality) -> None:
         best = []
         for conv in net.convs:
             width = conv.kernel_size[0]
-            outs = [(conv.weight * words[i : i + width].T).sum((1, 2)) + conv.bias for i in range(int((row != 0).sum()))]
+            outs = [
+                (conv.weight * words[i : i + width].T).sum((1, 2)) + conv.bias for i in range(int((row != 0).sum()))
+            ]
             best.append(torch.stack([torch.zeros_like(conv.bias), *outs]).amax(0))
         pooled.append(torch.cat(best))
     assert torch.allclose(net.linear(torch.stack(pooled)), net(ids), atol=1e-5)

@@ -3,6 +3,7 @@
 from backdoorlab.benchmark.card import Card
 from backdoorlab.benchmark.engine import Engine, LocalEngine
 from backdoorlab.benchmark.grid import Grid, GridReport, Stage, plan, run_grid
+from backdoorlab.benchmark.remote import RemoteStore, open_store
 from backdoorlab.benchmark.results import Refusal, Results, rows, table
 from backdoorlab.benchmark.runner import Runner
 from backdoorlab.benchmark.spec import Experiment, MethodSpec, attack_key, defense_key
@@ -17,6 +18,7 @@ __all__ = [
     "LocalEngine",
     "MethodSpec",
     "Refusal",
+    "RemoteStore",
     "Results",
     "Runner",
     "Stage",
@@ -24,6 +26,7 @@ __all__ = [
     "StoredRun",
     "attack_key",
     "defense_key",
+    "open_store",
     "plan",
     "rows",
     "run_grid",

@@ -42,7 +42,9 @@ class Card(BaseModel):
     notes: dict[str, Any] = Field(default_factory=dict, description="facts that a method states about its run")
     seconds: dict[str, float] = Field(description="wall time of each part of the run")
     peak_memory_mb: float | None = Field(description="high-water mark of the process's resident memory, in MB")
-    peak_device_memory_mb: float | None = Field(None, description="high-water mark on the accelerator, null without one")
+    peak_device_memory_mb: float | None = Field(
+        None, description="high-water mark on the accelerator, null without one"
+    )
     hardware: dict[str, Any] = Field(description="processor, cores, memory, accelerator")
     versions: dict[str, str] = Field(description="of the library, Python and the packages that make the numbers")
     commit: str | None = Field(None, description="git commit of the library; null outside of a checkout")
@@ -109,7 +111,9 @@ class Card(BaseModel):
             raise ArtifactError(f"{where}: not a valid result card ({field}: {first['msg']})") from None
 
 
-def complete(metrics: Mapping[str, Any], reasons: Mapping[str, str], default: str) -> tuple[dict[str, Any], dict[str, str]]:
+def complete(
+    metrics: Mapping[str, Any], reasons: Mapping[str, str], default: str
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Fill in the metrics that every card has and a reason for every null.
 
     Args:
@@ -118,7 +122,7 @@ def complete(metrics: Mapping[str, Any], reasons: Mapping[str, str], default: st
         default: the reason of all others.
     """
     given = {name: _finite(jsonable(value)) for name, value in metrics.items()}
-    filled = {name: None for name in METRICS} | given
+    filled = dict.fromkeys(METRICS) | given
     why = {name: reasons.get(name, default) for name, value in filled.items() if _has_null(value)}
     return filled, why
 

@@ -16,10 +16,17 @@ def attack_command(experiment: Experiment, task: Task) -> str:
     spec, dataset = task.spec, task.spec.dataset
     words = ["backdoorlab", "attack", experiment.attack.name if experiment.attack else "none"]
     words += ["--dataset", dataset.name, "--model", spec.model, "--recipe", spec.recipe]
-    for option, value in (("--size", dataset.size), ("--train-size", dataset.train_size), ("--test-size", dataset.test_size)):
+    for option, value in (
+        ("--size", dataset.size),
+        ("--train-size", dataset.train_size),
+        ("--test-size", dataset.test_size),
+    ):
         words += [option, str(value)] if value is not None else []
+    words += ["--kind", spec.kind] if spec.kind != "classifier" and experiment.attack is None else []
     words += ["--data-seed", str(dataset.seed)] if dataset.seed else []
-    words += _pairs("--recipe-set", dict(spec.recipe_changes)) + _pairs("--set", _changed(build_attack(experiment, task)))
+    words += _pairs("--recipe-set", dict(spec.recipe_changes)) + _pairs(
+        "--set", _changed(build_attack(experiment, task))
+    )
     return shlex.join([*words, "--seed", str(experiment.seed)])
 
 

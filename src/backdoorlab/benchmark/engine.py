@@ -1,15 +1,131 @@
-"""SKELETON (signatures final, bodies follow)."""
+"""Who executes a plan. An engine takes stages in order and yields results as they come; the store does the rest.
+
+Any process that holds the same store and the same plan may execute any stage: keys make results the same wherever they
+are computed, and locks keep two from computing one. An engine therefore only decides where and when a stage runs.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from backdoorlab.benchmark.card import Card
+from backdoorlab.benchmark.remote import open_store
+from backdoorlab.benchmark.runner import Runner
+from backdoorlab.benchmark.spec import Experiment
+from backdoorlab.benchmark.store import StoreError
+from backdoorlab.core.errors import BackdoorLabError, InputError
+
+if TYPE_CHECKING:
+    from backdoorlab.benchmark.grid import Stage
+
+Result = tuple[Card, bool] | str
+"""(card, was it in the store already), or why the stage cannot be run."""
+
+_BLOCKED = "not run: what it stands on was refused"
 
 
 class Engine(Protocol):
     """Executes a plan."""
 
+    def execute(self, stages: Sequence[Stage], runner: Runner, *, fresh: bool) -> Iterator[tuple[Stage, Result]]:
+        """Yield every stage once, with its result, a parent before its children.
+
+        Args:
+            stages: a plan.
+            runner: says which store, data folder and device; engines with several processes make equal ones there.
+            fresh: compute every stage again.
+        """
+        ...
+
 
 class LocalEngine:
-    """``LocalEngine()`` in this process; ``LocalEngine(devices=("cuda:0", "cuda:1"))`` one worker process each."""
+    """This machine: in this process, or in one worker process per device.
 
-    def __init__(self, devices: tuple[str, ...] = (), jobs: int = 1) -> None: ...
+    Args:
+        devices: such as ("cuda:0", "cuda:1") or ("cpu", "cpu"); with fewer than two, everything runs in this process on
+            the runner's device. CPU workers share the cores evenly; note that sums over other numbers of threads may
+            differ in the last bit.
+    """
+
+    def __init__(self, devices: Sequence[str] = ()) -> None:
+        self.devices = tuple(devices)
+
+    def execute(self, stages: Sequence[Stage], runner: Runner, *, fresh: bool) -> Iterator[tuple[Stage, Result]]:
+        """See :class:`Engine`."""
+        if len(self.devices) > 1:
+            yield from self._spread(stages, runner, fresh)
+            return
+        refused: set[int] = set()
+        for stage in stages:
+            result: Result = _BLOCKED if stage.parent in refused else _attempt(runner, stage.experiment, fresh)
+            if isinstance(result, str):
+                refused.add(stage.index)
+            yield stage, result
+
+    def _spread(self, stages: Sequence[Stage], runner: Runner, fresh: bool) -> Iterator[tuple[Stage, Result]]:
+        spawn = multiprocessing.get_context("spawn")
+        queue = spawn.SimpleQueue()
+        for device in self.devices:
+            queue.put(device)
+        threads = max(1, (os.cpu_count() or 1) // len(self.devices))
+        settings = (queue, getattr(runner.store, "url", str(runner.store.root)), runner.root, runner.download, threads)
+        children = {s.index: [c for c in stages if c.parent == s.index] for s in stages}
+        with ProcessPoolExecutor(len(self.devices), spawn, _start, settings) as pool:
+            running: dict[Future[Any], Stage] = {
+                pool.submit(_work, s.experiment, fresh): s for s in stages if s.parent is None
+            }
+            try:
+                while running:
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        stage, result = running.pop(future), _received(future)
+                        yield stage, result
+                        for child in children[stage.index]:
+                            if isinstance(result, str):
+                                yield child, _BLOCKED
+                            else:
+                                running[pool.submit(_work, child.experiment, fresh)] = child
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _attempt(runner: Runner, experiment: Experiment, fresh: bool) -> Result:
+    try:
+        return runner.run(experiment, fresh=fresh), runner.reused
+    except StoreError:
+        raise  # no further stage could be stored either
+    except InputError as error:
+        return str(error)
+
+
+_runner: Runner | None = None
+
+
+def _start(queue: Any, store: str, root: Any, download: bool, threads: int) -> None:
+    """Make this worker's runner on the next free device."""
+    global _runner
+    device = queue.get()
+    if device == "cpu":
+        torch.set_num_threads(threads)
+    _runner = Runner(open_store(store), device=device, root=root, download=download)
+
+
+def _work(experiment: Experiment, fresh: bool) -> tuple[str | None, bool, str]:
+    assert _runner is not None
+    result = _attempt(_runner, experiment, fresh)
+    return (None, False, result) if isinstance(result, str) else (result[0].to_json(), result[1], "")
+
+
+def _received(future: Future[Any]) -> Result:
+    try:
+        text, reused, why = future.result()
+    except BrokenProcessPool:
+        raise BackdoorLabError("a worker process died (out of memory?); run the same command again to go on") from None
+    return why if text is None else (Card.from_json(text), reused)

@@ -17,7 +17,7 @@ from torch import Tensor
 from backdoorlab.attacks.base import Backdoor
 from backdoorlab.benchmark.card import complete
 from backdoorlab.benchmark.meter import Meter
-from backdoorlab.benchmark.worlds import State, load_model, measure_benign, model_state
+from backdoorlab.benchmark.worlds import State, load_model, measure, measure_benign, model_state
 from backdoorlab.core.errors import BackdoorLabError, NotApplicable
 from backdoorlab.core.seeding import make_generator
 from backdoorlab.data.split import BACKDOOR, COVER, PoisonedSplit, Split, take
@@ -89,14 +89,14 @@ class Victim:
         """ACC, ASR, RA of a model; ACC alone without a backdoor."""
         if self.backdoor is None:
             return measure_benign(self.task, model)
-        return self.backdoor.measure(self.task, self.measuring, model)
+        return measure(self.backdoor, self.task, self.measuring, model)
 
 
 def clean_indices(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tensor:
     """Rows of the clean training set that the defender owns: int64, sorted.
 
-    Class counts are as equal as the data allow. All defenses of one seed get the same rows at the same fraction, and the
-    rows of a smaller fraction are among those of a larger one.
+    Class counts are as equal as the data allow. All defenses of one seed get the same rows at the same fraction, and
+    the rows of a smaller fraction are among those of a larger one.
     """
     count = min(len(labels), max(1, round(fraction * len(labels)))) if fraction > 0 else 0
     order = torch.randperm(len(labels), generator=make_generator(seed, "clean samples"))
@@ -107,7 +107,9 @@ def clean_indices(labels: Tensor, num_classes: int, fraction: float, seed: int) 
     return order[torch.argsort(rank, stable=True)[:count]].sort().values
 
 
-def evaluate(defense: Defense, victim: Victim, clean: Split, ctx: Context, retraining: Context | None, meter: Meter) -> Outcome:
+def evaluate(
+    defense: Defense, victim: Victim, clean: Split, ctx: Context, retraining: Context | None, meter: Meter
+) -> Outcome:
     """Run a defense and measure what it did.
 
     Args:
@@ -129,7 +131,9 @@ def evaluate(defense: Defense, victim: Victim, clean: Split, ctx: Context, retra
     raise BackdoorLabError(f"{defense.name}: no stage of this library runs a {type(defense).__name__}")
 
 
-def finish(metrics: Mapping[str, Any], reasons: Mapping[str, str], victim: Victim | None) -> tuple[dict[str, Any], dict[str, str]]:
+def finish(
+    metrics: Mapping[str, Any], reasons: Mapping[str, str], victim: Victim | None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """All keys of a card, with reasons for the nulls.
 
     Args:
@@ -186,7 +190,7 @@ def _training(defense: TrainingDefense, victim: Victim, clean: Split, ctx: Conte
     with meter.part("defense"):
         report = defense.train(data.as_seen(), victim.task, ctx)
     metrics, (tensors, record) = _measured(report.model, victim, meter)
-    reasons = {}
+    reasons: dict[str, str] = {}
     if report.scores is not None or report.isolated is not None:
         found, reasons = _detection(report.scores, report.isolated, data)
         metrics |= found
@@ -194,7 +198,9 @@ def _training(defense: TrainingDefense, victim: Victim, clean: Split, ctx: Conte
     return Outcome(metrics, reasons, tensors, record, notes=dict(report.notes))
 
 
-def _dataset(defense: DatasetDefense, victim: Victim, ctx: Context, retraining: Context | None, meter: Meter) -> Outcome:
+def _dataset(
+    defense: DatasetDefense, victim: Victim, ctx: Context, retraining: Context | None, meter: Meter
+) -> Outcome:
     data = victim.training_set()
     seen = data.as_seen()
     with meter.part("defense"):
@@ -206,7 +212,11 @@ def _dataset(defense: DatasetDefense, victim: Victim, ctx: Context, retraining: 
     left = int((data.roles[kept] == BACKDOOR).sum())
     metrics |= {"n_kept": len(kept), "residual_poison": left, "residual_rate": left / len(kept) if len(kept) else None}
     if retraining is None or not len(kept):
-        why = "not retrained on request" if retraining is None else "the defense flagged every sample: nothing to train on"
+        why = (
+            "not retrained on request"
+            if retraining is None
+            else "the defense flagged every sample: nothing to train on"
+        )
         reasons |= dict.fromkeys(("acc", "asr", "ra", "der", "rir", "residual_rate"), why)
         metrics |= {f"{k}_before": victim.before.get(k) for k in ("acc", "asr", "ra")}
     else:
@@ -231,7 +241,11 @@ def _input(defense: InputDefense, victim: Victim, clean: Split, ctx: Context, me
     rows = torch.randperm(len(test), generator=generator)[:size].sort().values
     hits = torch.randperm(len(true), generator=generator)[:size].sort().values
     with meter.part("score"):
-        parts = [detector.score(inputs).float().cpu() for inputs in (take(test.inputs, rows), take(triggered, hits)) if len(inputs)]
+        parts = [
+            detector.score(inputs).float().cpu()
+            for inputs in (take(test.inputs, rows), take(triggered, hits))
+            if len(inputs)
+        ]
         scores = torch.cat(parts)
         flags = detector.flags(scores).bool()
     positives = torch.arange(len(scores)) >= size
@@ -244,7 +258,11 @@ def _input(defense: InputDefense, victim: Victim, clean: Split, ctx: Context, me
             predicted, passed = predict(victim.model, take(triggered, hits)).argmax(1), ~flags[size:]
             for name, labels in (("asr", wanted[hits]), ("ra", true[hits])):
                 after[name], before[name] = rate((predicted == labels) & passed), rate(predicted == labels)
-    metrics |= _compared(after, victim, before) | {"threshold": float(detector.threshold), "n_clean": size, "n_triggered": len(hits)}
+    metrics |= _compared(after, victim, before) | {
+        "threshold": float(detector.threshold),
+        "n_clean": size,
+        "n_triggered": len(hits),
+    }
     tensors = {"scores": {"scores": scores, "flags": flags, "triggered": positives, "clean_rows": rows}}
     return Outcome(metrics, reasons, tensors)
 
@@ -259,7 +277,9 @@ def _scan(defense: ModelDefense, victim: Victim, clean: Split, ctx: Context, met
         "per_class": [float(v) for v in report.per_class],
         "target_hit": None,
     } | {f"{k}_before": victim.before.get(k) for k in ("acc", "asr", "ra")}
-    reasons = {k: "a scan leaves the model as it is; see the undefended row" for k in ("acc", "asr", "ra", "der", "rir")}
+    reasons = dict.fromkeys(
+        ("acc", "asr", "ra", "der", "rir"), "a scan leaves the model as it is; see the undefended row"
+    )
     reasons |= {"score": "the method's score is not a finite number", "per_class": "not a finite number for this class"}
     reasons["target_hit"] = "the model is benign: it has no target"
     target_map = getattr(victim.backdoor, "target_map", None)
@@ -271,7 +291,9 @@ def _scan(defense: ModelDefense, victim: Victim, clean: Split, ctx: Context, met
     return Outcome(metrics, reasons, {"recovered": dict(report.recovered)} if report.recovered else {})
 
 
-def _detection(scores: Tensor | None, flags: Tensor | None, data: PoisonedSplit) -> tuple[dict[str, Any], dict[str, str]]:
+def _detection(
+    scores: Tensor | None, flags: Tensor | None, data: PoisonedSplit
+) -> tuple[dict[str, Any], dict[str, str]]:
     metrics = detection_metrics(scores, flags, data.roles == BACKDOOR, data.roles == COVER)
     return metrics, detection_reasons(metrics)
 

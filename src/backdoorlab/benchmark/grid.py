@@ -1,20 +1,53 @@
-"""SKELETON (signatures final, bodies follow)."""
+"""Grids: tasks x attacks x defenses x seeds from a YAML file, planned as stages of which each knows what it stands on.
+
+    name: quick
+    tasks:
+      - {dataset: digits, recipe: smoke}
+    attacks: [badnets, {name: blended, settings: {poison_rate: 0.05}}]
+    defenses: [ft, anp]
+    seeds: [0, 1]
+
+The undefended row (defense none) of every attack and the benign model (attack none) under every defense always belong
+to a grid: a defense is judged by what it does to a backdoor *and* by what it does without one. Where tasks are of
+several modalities, each gets the methods that serve it.
+
+Results that the store has are reused, since their keys say that nothing changed; an interrupted grid therefore goes on
+where it stopped. ``resume=False`` computes every stage again and replaces the stored one.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from backdoorlab.attacks.base import attacks
 from backdoorlab.benchmark.card import Card
+from backdoorlab.benchmark.engine import Engine, LocalEngine
 from backdoorlab.benchmark.runner import Runner
-from backdoorlab.benchmark.spec import Experiment, MethodSpec
+from backdoorlab.benchmark.spec import Experiment, MethodSpec, canonical
+from backdoorlab.core.errors import InputError, nearest
+from backdoorlab.core.registry import Registry
+from backdoorlab.data.sources import DatasetSpec, datasets
+from backdoorlab.defenses.base import defenses
+from backdoorlab.training.recipes import recipe_for
 from backdoorlab.training.task import TaskSpec
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One node of the plan. ``parent`` is the index of the attack (or benign) stage that a defense stands on."""
+    """One node of the plan.
+
+    Attributes:
+        index: position in the plan.
+        experiment: without a defense it is an attack (or benign) stage.
+        parent: index of the stage that a defense stands on; None for attack and benign stages.
+    """
 
     index: int
     experiment: Experiment
@@ -23,12 +56,43 @@ class Stage:
     @property
     def label(self) -> str:
         """Such as "digits / badnets / anp / seed 0"."""
-        raise NotImplementedError
+        spec = self.experiment
+        methods = [spec.attack.name if spec.attack else "benign", *([spec.defense.name] if spec.defense else [])]
+        return " / ".join([spec.task.dataset.name, *methods, f"seed {spec.seed}"])
+
+
+OnCard = Callable[[Stage, Card, bool], None]
+"""(stage, its card, True if the card was in the store already)."""
+
+
+@dataclass(frozen=True)
+class GridReport:
+    """What became of a grid.
+
+    Attributes:
+        cards: by index of the stage.
+        refused: stages that could not be run as they are written, with the reason; they have no card.
+        reused: indices of stages whose card was in the store already.
+    """
+
+    cards: dict[int, Card] = field(default_factory=dict)
+    refused: list[tuple[Stage, str]] = field(default_factory=list)
+    reused: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """tasks x attacks x defenses x seeds; the undefended and the benign rows are always part of it."""
+    """tasks x attacks x defenses x seeds.
+
+    Attributes:
+        name: of the grid.
+        tasks: at least one.
+        attacks: besides the benign model.
+        defenses: besides none.
+        seeds: at least one.
+        clean_fraction: of every defender; None takes each defense's own default.
+        retrain: after dataset defenses.
+    """
 
     name: str
     tasks: tuple[TaskSpec, ...]
@@ -40,29 +104,192 @@ class Grid:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Grid:
-        """Read and validate; any mistake is one InputError with the file name and the nearest valid choice."""
-        raise NotImplementedError
+        """Read and validate a grid.
 
+        Raises:
+            InputError: one line with the file's name, the place, and the nearest valid choice.
+        """
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: a grid is a mapping with {', '.join(_GridFile.model_fields)}")
+        try:
+            read = _GridFile.model_validate({"name": Path(path).stem} | content)
+            grid = read.grid()
+            grid.check()
+        except ValidationError as error:
+            raise InputError(f"{path}: {_first(error)}") from None
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        return grid
 
-@dataclass(frozen=True)
-class GridReport:
-    """cards: by stage index (of stages that have one); refused: (stage, message) of bad input; reused: indices."""
+    def check(self) -> None:
+        """Look up every method and build it with its settings, so that a typo is found before the first hour of work.
 
-    cards: dict[int, Card]
-    refused: list[tuple[Stage, str]]
-    reused: frozenset[int]
-
-
-OnCard = Callable[[Stage, Card, bool], None]
-"""(stage, its card, True if the card was in the store already)."""
+        Raises:
+            InputError: for the first mistake.
+        """
+        modalities = [_modalities(task) for task in self.tasks]
+        for task, served in zip(self.tasks, modalities, strict=True):
+            if served[0] != "diffusion":
+                for modality in served:
+                    recipe_for(modality, task.recipe, **dict(task.recipe_changes))
+        wanted = {m for served in modalities for m in served}
+        for registry, methods in ((attacks, self.attacks), (defenses, self.defenses)):
+            for method in methods:
+                _check_method(registry, method, wanted)
 
 
 def plan(grid: Grid) -> list[Stage]:
-    """All stages, each after the one that it depends on."""
-    raise NotImplementedError
+    """All stages, each after the one that it stands on; equal experiments appear once."""
+    stages: list[Stage] = []
+    seen: set[str] = set()
+    for task in grid.tasks:
+        served = _modalities(task)
+        planting = [None, *(a for a in grid.attacks if _serves(attacks, a, served))]
+        defending = [d for d in grid.defenses if _serves(defenses, d, served)]
+        for seed in grid.seeds:
+            for attack in planting:
+                base = Experiment(task=task, attack=attack, seed=seed)
+                if (text := canonical(base.to_json())) in seen:
+                    continue
+                seen.add(text)
+                parent = Stage(len(stages), base, None)
+                stages.append(parent)
+                for defense in defending:
+                    cell = dataclasses.replace(base, defense=defense, clean_fraction=grid.clean_fraction,
+                                               retrain=grid.retrain)  # fmt: skip
+                    if (text := canonical(cell.to_json())) not in seen:
+                        seen.add(text)
+                        stages.append(Stage(len(stages), cell, parent.index))
+    return stages
 
 
-def run_grid(grid: Grid, runner: Runner, *, resume: bool = True, on_card: OnCard | None = None,
-             engine: object | None = None) -> GridReport:  # fmt: skip
-    """Run the plan; cards already in the store are reused, so an interrupted run continues where it stopped."""
-    raise NotImplementedError
+def run_grid(
+    grid: Grid, runner: Runner, *, resume: bool = True, on_card: OnCard | None = None, engine: Engine | None = None
+) -> GridReport:
+    """Run the plan of a grid.
+
+    A failed stage does not stop the others. A stage whose spec cannot be run (a poison rate above the capacity of one
+    of the tasks, ...) is listed as refused, together with the defenses that stand on it.
+
+    Args:
+        grid: what to run.
+        runner: its store receives the cards.
+        resume: reuse what the store has; False computes everything again.
+        on_card: told of every card as it arrives.
+        engine: who executes the stages; None runs them in this process.
+
+    Raises:
+        StoreError: if the store cannot be written (any longer).
+    """
+    report, stages = GridReport(), plan(grid)
+    for stage, result in (engine or LocalEngine()).execute(stages, runner, fresh=not resume):
+        if isinstance(result, str):
+            report.refused.append((stage, result))
+            continue
+        card, reused = result
+        report.cards[stage.index] = card
+        if reused:
+            report.reused.add(stage.index)
+        if on_card is not None:
+            on_card(stage, card, reused)
+    return report
+
+
+def _as_method(entry: Any) -> Any:
+    return {"name": entry} if isinstance(entry, str) else entry
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Method(_Strict):
+    name: str
+    settings: dict[str, Any] = {}
+
+    def spec(self) -> MethodSpec:
+        return MethodSpec(self.name, self.settings)
+
+
+class _Task(_Strict):
+    dataset: str
+    size: int | None = None
+    train_size: int | None = None
+    test_size: int | None = None
+    data_seed: int = 0
+    model: str = "auto"
+    recipe: str = "fast"
+    recipe_changes: dict[str, float | int | str | bool] = {}
+    kind: str = "classifier"
+
+    def spec(self) -> TaskSpec:
+        data = DatasetSpec(name=self.dataset, size=self.size, train_size=self.train_size, test_size=self.test_size,
+                           seed=self.data_seed)  # fmt: skip
+        changes = tuple(sorted(self.recipe_changes.items()))
+        return TaskSpec(dataset=data, model=self.model, recipe=self.recipe, recipe_changes=changes, kind=self.kind)
+
+
+_Methods = Annotated[list[Annotated[_Method, BeforeValidator(_as_method)]], Field(min_length=1)]
+
+
+class _GridFile(_Strict):
+    name: str
+    tasks: Annotated[list[_Task], Field(min_length=1)]
+    attacks: _Methods
+    defenses: _Methods
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    clean_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    retrain: bool = True
+
+    def grid(self) -> Grid:
+        planting = tuple(m.spec() for m in self.attacks if m.name not in ("none", "benign"))
+        defending = tuple(m.spec() for m in self.defenses if m.name != "none")
+        tasks = tuple(t.spec() for t in self.tasks)
+        return Grid(self.name, tasks, planting, defending, tuple(self.seeds), self.clean_fraction, self.retrain)
+
+
+_PARTS: dict[str, type[BaseModel]] = {"tasks": _Task, "attacks": _Method, "defenses": _Method}
+
+
+def _first(error: ValidationError) -> str:
+    """The first mistake in one line: place, what is wrong, nearest valid choice."""
+    problem = error.errors()[0]
+    place = [part for part in problem["loc"] if isinstance(part, (str, int))]
+    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in place).lstrip(".")
+    if problem["type"] == "extra_forbidden":
+        names = list((_PARTS.get(str(place[0]), _GridFile) if len(place) > 1 else _GridFile).model_fields)
+        return f"unknown key {where!r}.{nearest(str(place[-1]), names)} Expected: {', '.join(names)}"
+    if problem["type"] == "missing":
+        return f"{where!r} is missing"
+    if problem["type"] == "too_short":
+        return f"{where!r} is empty; it needs at least one entry"
+    return f"{where!r}: {problem['msg']}, got {problem['input']!r}"
+
+
+def _modalities(task: TaskSpec) -> tuple[str, ...]:
+    """Modalities that a task's data may have; one, except for folders, which say so only when they are read."""
+    if task.kind == "diffusion":
+        return ("diffusion",)
+    if task.kind != "classifier":
+        raise InputError(f"unknown kind of task {task.kind!r}. Choose one of: classifier, diffusion")
+    head, colon, _ = task.dataset.name.partition(":")
+    return tuple(datasets.get(head + colon).modalities)
+
+
+def _serves(registry: Registry[Any], method: MethodSpec, modalities: tuple[str, ...]) -> bool:
+    return any(method.name in registry.names(modality) for modality in modalities)
+
+
+def _check_method(registry: Registry[Any], method: MethodSpec, wanted: set[str]) -> None:
+    served = [m for m in sorted(wanted) if method.name in registry.names(m)]
+    if not served:
+        registry.get(method.name)  # an unknown name
+        registry.get(method.name, sorted(wanted)[0])  # a modality that it does not serve
+    for modality in served:
+        registry.get(method.name, modality).build(method.settings)

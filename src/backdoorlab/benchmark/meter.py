@@ -23,7 +23,17 @@ import backdoorlab
 from backdoorlab.benchmark.card import Card
 from backdoorlab.benchmark.spec import CONTRACT, canonical
 
-_PACKAGES = ("torch", "torchvision", "timm", "transformers", "diffusers", "numpy", "scipy", "scikit-learn", "safetensors")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "diffusers",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "safetensors",
+)
 
 
 class Meter:

@@ -72,12 +72,16 @@ class Runner:
         base = stage_key(resolve(experiment.undefended(), task))
         return base, stage_key(resolve(experiment, task)) if experiment.defense else None
 
-    def run(self, experiment: Experiment) -> Card:
+    def run(self, experiment: Experiment, *, fresh: bool = False) -> Card:
         """:meth:`defense` if the experiment has one, else :meth:`attack`."""
-        return self.defense(experiment) if experiment.defense else self.attack(experiment)
+        return (self.defense if experiment.defense else self.attack)(experiment, fresh=fresh)
 
-    def attack(self, experiment: Experiment) -> Card:
+    def attack(self, experiment: Experiment, *, fresh: bool = False) -> Card:
         """Plant the backdoor (attack None: train the benign model), measure it, store it.
+
+        Args:
+            experiment: its defense, if any, is ignored.
+            fresh: do the work again even if it was done before.
 
         Returns:
             The card; an existing one if the work was done before.
@@ -93,10 +97,14 @@ class Runner:
             return self._benign(task, ctx, meter) if attack is None else self._plant(attack.plant, task, ctx, meter)
 
         stage = "benign" if attack is None else "attack"
-        return self._stage(stage, experiment, task, work, [], lambda: attack_command(experiment, task))
+        return self._stage(stage, experiment, task, work, [], attack_command(experiment, task), fresh)
 
-    def defense(self, experiment: Experiment) -> Card:
+    def defense(self, experiment: Experiment, *, fresh: bool = False) -> Card:
         """Run the stage that the defense stands on if it is missing, then the defense; measure and store.
+
+        Args:
+            experiment: with a defense.
+            fresh: do the defense (not what it stands on) again even if it was done before.
 
         Raises:
             InputError: as :meth:`attack`.
@@ -116,7 +124,9 @@ class Runner:
                 victim = self._victim(before, task)
             rows = clean_indices(task.train.labels, task.num_classes, filled.clean_fraction or 0.0, experiment.seed)
             retraining = self._context(experiment, "retrain") if filled.retrain else None
-            outcome = evaluate(defense, victim, task.train[rows], self._context(experiment, "defense"), retraining, meter)
+            outcome = evaluate(
+                defense, victim, task.train[rows], self._context(experiment, "defense"), retraining, meter
+            )
             outcome.tensors["clean"] = {"indices": rows}
             outcome.metrics["n_defender"] = len(rows)
             if getattr(getattr(victim.backdoor, "poison", None), "replay", False) and defense.needs_poisoned_data:
@@ -124,8 +134,8 @@ class Runner:
             outcome.metrics, outcome.reasons = finish(outcome.metrics, outcome.reasons, victim)
             return outcome
 
-        return self._stage("defense", experiment, task, work, [before.id],
-                           lambda: defense_command(experiment, task, before.key))  # fmt: skip
+        command = defense_command(experiment, task, before.key)
+        return self._stage("defense", experiment, task, work, [before.id], command, fresh)
 
     def load_backdoor(self, run: Card | StoredRun | str) -> tuple[Task, Backdoor]:
         """Task and backdoor of a stored attack, or of the attack behind a stored defense.
@@ -191,9 +201,11 @@ class Runner:
         tensors, record = worlds.backdoor_state(planted)
         with meter.part("measure"):  # as it comes back from the store, so that the artifact reproduces its numbers
             backdoor = worlds.restore_backdoor((tensors, record), self.device)
-            measured = backdoor.measure(task, ctx.child("measure"))
+            measured = worlds.measure(backdoor, task, ctx.child("measure"))
         metrics, reasons = finish(measured, {}, None)
-        reasons |= {k: measured.get(f"{k}_note", "no test samples to measure it on") for k in ("asr", "ra") if k in reasons}
+        reasons |= {
+            k: measured.get(f"{k}_note", "no test samples to measure it on") for k in ("asr", "ra") if k in reasons
+        }
         notes = dict(planted.notes)
         if getattr(getattr(planted, "poison", None), "replay", False):
             notes["replay"] = True
@@ -204,7 +216,8 @@ class Runner:
             (tensors, record), log = worlds.benign(task, ctx)
         with meter.part("measure"):
             if "backdoor" in record:
-                measured = worlds.restore_backdoor((tensors, record), self.device).measure(task, ctx.child("measure"))
+                dressed = worlds.restore_backdoor((tensors, record), self.device)
+                measured = worlds.measure(dressed, task, ctx.child("measure"))
             else:
                 measured = worlds.measure_benign(task, worlds.load_model((tensors, record), self.device))
         metrics, reasons = finish(measured, {}, None)
@@ -225,20 +238,19 @@ class Runner:
         task: Task,
         work: Callable[[Meter], Outcome],
         parents: list[str],
-        command: Callable[[], str],
+        command: str,
+        fresh: bool,
     ) -> Card:
         """Do the work of a key unless it is done, and store what came of it."""
         spec = resolve(experiment, task)
         key = stage_key(spec)
         run = self.store.run(stage, key)
         with self.store.lock(stage, key, self.reporter):
-            if self.store.has(stage, key):
-                card = run.card()
-                if card.status in DONE:
-                    self.reused = True
-                    self.reporter.note(f"{run.id} is in the store already ({card.status})")
-                    return card
-            self.reused = False
+            stored = run.card() if self.store.has(stage, key) and not fresh else None
+            self.reused = stored is not None and stored.status in DONE
+            if stored is not None and self.reused:
+                self.reporter.note(f"{run.id} is in the store already ({stored.status})")
+                return stored
             meter, reason, status = Meter(self.device), None, "ok"
             try:
                 outcome = work(meter)
@@ -249,7 +261,7 @@ class Runner:
             card = Card.model_validate(
                 {"stage": stage, "key": key, "status": status, "reason": reason, "spec": spec, "parents": parents}
                 | {"metrics": outcome.metrics, "null_reasons": outcome.reasons, "notes": outcome.notes}
-                | {"command": command()} | meter.fields() | environment(self.device)
+                | {"command": command} | meter.fields() | environment(self.device)
             )  # fmt: skip
             return self.store.save(card, outcome.tensors, outcome.record, outcome.log).card()
 

@@ -46,7 +46,7 @@ class MethodSpec:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> MethodSpec:
-        """Inverse of :meth:`to_json`; other keys (such as the resolved "code") are ignored by their owner only."""
+        """Inverse of :meth:`to_json`; the "code" of a resolved spec is left out."""
         _known("method", record, ("name", "settings", "code"))
         return cls(str(record["name"]), dict(record.get("settings", {})))
 
@@ -98,9 +98,9 @@ class Experiment:
             InputError: for a field that does not exist (with the nearest one).
         """
         _known("experiment", record, [f.name for f in dataclasses.fields(cls)] + ["resolved"])
-        method = {k: MethodSpec.from_json(record[k]) if record.get(k) else None for k in ("attack", "defense")}
+        attack, defense = (MethodSpec.from_json(record[k]) if record.get(k) else None for k in ("attack", "defense"))
         plain = {k: record[k] for k in ("seed", "clean_fraction", "retrain") if k in record}
-        return cls(task=task_spec(record.get("task", {})), **method, **plain)
+        return cls(task=task_spec(record.get("task", {})), attack=attack, defense=defense, **plain)
 
 
 def task_spec(record: Mapping[str, Any]) -> TaskSpec:
@@ -112,7 +112,7 @@ def task_spec(record: Mapping[str, Any]) -> TaskSpec:
     _known("task", record, [f.name for f in dataclasses.fields(TaskSpec)])
     dataset = record.get("dataset", {})
     _known("dataset", dataset, [f.name for f in dataclasses.fields(DatasetSpec)])
-    changes = tuple((str(k), v) for k, v in record.get("recipe_changes", ()))
+    changes: Any = tuple((str(k), tuple(v) if isinstance(v, list) else v) for k, v in record.get("recipe_changes", ()))
     rest = {k: v for k, v in record.items() if k not in ("dataset", "recipe_changes")}
     return TaskSpec(dataset=DatasetSpec(**dataset), recipe_changes=changes, **rest)
 
@@ -173,7 +173,7 @@ def defense_key(experiment: Experiment, task: Task) -> str:
 
 
 def stage_key(resolved: Mapping[str, Any]) -> str:
-    """Hash of a resolved spec. Names that only label something (the recipe's) do not count, what they stand for does."""
+    """Hash of a resolved spec. The recipe's name is only a label: its fields count instead."""
     spec = json.loads(canonical(resolved))
     spec["task"] = {k: v for k, v in spec["task"].items() if k not in ("recipe", "recipe_changes")}
     spec["resolved"]["recipe"].pop("name", None)
@@ -210,7 +210,7 @@ def _split_digest(split: Split) -> bytes:
     if isinstance(split.inputs, torch.Tensor):
         digest.update(f"{split.inputs.dtype}{tuple(split.inputs.shape)}".encode())
         for start in range(0, len(split.inputs), 4096):
-            digest.update(memoryview(split.inputs[start : start + 4096].contiguous().numpy()).cast("B"))
+            digest.update(split.inputs[start : start + 4096].contiguous().numpy().tobytes())
     else:
         for text in split.inputs:
             digest.update(str(text).encode() + b"\0")

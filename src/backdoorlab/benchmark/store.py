@@ -1,6 +1,6 @@
 """The artifact store: a folder of ``stage/key/`` folders, each whole or absent, each verified before it is believed.
 
-    <root>/attack/<key>/    card.json  record.json  model.safetensors  trigger.safetensors  poison.safetensors  log.jsonl
+    <root>/attack/<key>/    card.json record.json model.safetensors trigger.safetensors poison.safetensors log.jsonl
     <root>/benign/<key>/    <root>/defense/<key>/    <root>/asset/<kind>/<key>/
     <root>/.locks/          one lock file per key, held while it is computed
 
@@ -174,11 +174,12 @@ class Store:
         path = Path(text).expanduser()
         if (path / "card.json").is_file():
             path = path.resolve()
-            stage = next((p for p in STAGES if path.parent.name == p), path.parent.name)
-            return StoredRun(stage, path.name, path)
+            return StoredRun(path.parent.name, path.name, path)
         stage, _, prefix = text.rpartition("/")
         if stage and stage not in STAGES:
-            raise InputError(f"{text}: no such artifact; a run is given as a key, stage/key ({'/'.join(STAGES)}) or a path")
+            raise InputError(
+                f"{text}: no such artifact; a run is given as a key, stage/key ({'/'.join(STAGES)}) or a path"
+            )
         runs = self.runs(*[stage] if stage else [])
         matches = [run for run in runs if prefix and run.key.startswith(prefix.lower())]
         if len(matches) == 1:
@@ -227,8 +228,8 @@ class Store:
             _write(temporary / "card.json", sealed.to_json().encode())
             _sync_folder(temporary)
             if run.path.exists():
-                os.rename(run.path, temporary.with_name(temporary.name + "-old"))
-            os.rename(temporary, run.path)
+                run.path.rename(temporary.with_name(temporary.name + "-old"))
+            temporary.rename(run.path)
             _sync_folder(run.path.parent)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -241,7 +242,7 @@ class Store:
 
     @contextmanager
     def lock(self, stage: str, key: str, reporter: Reporter | None = None) -> Iterator[None]:
-        """Only one process computes a key; others wait here and then find it done. Leftovers of the dead are removed."""
+        """Only one process computes a key; others wait here, then find it done. Leftovers of the dead are removed."""
         lock = FileLock(self._lock_path(stage, key))
         try:
             try:

@@ -34,7 +34,9 @@ def attack_command(
     poison_rate: Annotated[
         float | None, typer.Option(help="Poisoned samples / size of the training set.", metavar="RATE")
     ] = None,
-    target: Annotated[int | None, typer.Option(help="Class that triggered samples should get.", metavar="CLASS")] = None,
+    target: Annotated[
+        int | None, typer.Option(help="Class that triggered samples should get.", metavar="CLASS")
+    ] = None,
     settings: opt.SetOption = None,
     recipe_set: Annotated[
         list[str] | None,
@@ -59,7 +61,7 @@ def attack_command(
 
     What was already run is not run again: the same command prints the stored result.
 
-    Examples:
+    Try:
 
       backdoorlab attack badnets                               (embedded digits, seconds)
 
@@ -173,5 +175,5 @@ def _help(ctx: typer.Context, name: str | None) -> None:
     from backdoorlab.cli.methodpage import show_method
 
     attacks.get(name)
-    show_method("attack", [cls for cls in attacks if cls.name == name])  # type: ignore[type-abstract]
+    show_method("attack", [cls for cls in attacks if cls.name == name])
     raise typer.Exit

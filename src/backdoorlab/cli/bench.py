@@ -42,7 +42,7 @@ def bench_command(
     Interrupt it with Ctrl-C whenever you like: the same command goes on where it stopped. A failed cell does not stop
     the others; the exit code is 1 if there was one.
 
-    Examples:
+    Try:
 
       backdoorlab bench configs/quick.yaml
 

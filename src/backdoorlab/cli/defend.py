@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import out
 from backdoorlab.core.errors import InputError
+
+if TYPE_CHECKING:
+    from backdoorlab.benchmark import Experiment, Runner
 
 RunOption = Annotated[
     str | None, typer.Option("--run", help="A stored run: (the start of) its key, or its folder.", metavar="RUN")
@@ -46,7 +49,7 @@ def defend_command(
 
     The run may be an attacked model, or a benign one to see what the defense costs.
 
-    Examples:
+    Try:
 
       backdoorlab defend ft --run 3f2a
 
@@ -66,6 +69,7 @@ def defend_command(
     from backdoorlab.defenses import defenses
 
     defenses.get(name)
+    opt.existing_store(store)
     runner = make_runner(store, device, root, download)
     experiment = runner.experiment_on(need_run(run), MethodSpec(name, opt.pairs(settings)))
     if seed is not None and seed != experiment.seed:
@@ -73,8 +77,27 @@ def defend_command(
             f"--seed {seed}: run {run} has seed {experiment.seed}, and a defense derives its seed from its run; "
             f"repeat the attack with --seed {seed} and defend that run"
         )
+    _check_base(runner, run or "", experiment)
     card = runner.defense(replace(experiment, clean_fraction=clean_fraction, retrain=not no_retrain))
     conclude(runner, card, as_json)
+
+
+def _check_base(runner: Runner, run: str, experiment: Experiment) -> None:
+    """Make sure that the defense will stand on the run that was named.
+
+    Raises:
+        InputError: if that run lies in another store, or was made by other code or data than there are now.
+    """
+    stored = runner.store.find(run)
+    if runner.store.root.resolve() not in stored.path.resolve().parents:
+        raise InputError(f"--run {run} lies outside the store {runner.store.root}; pass its store with --store")
+    base = stored.card().parents[0] if stored.stage == "defense" else stored.id
+    key = runner.keys(experiment)[0]
+    if base.rpartition("/")[2] != key:
+        raise InputError(
+            f"--run {run}: {base} was made by another version of the attack's code or of the data (it would now be "
+            f"{key}); repeat the attack: {runner.store.find(base).card().command}"
+        )
 
 
 def need_run(run: str | None) -> str:
@@ -84,7 +107,9 @@ def need_run(run: str | None) -> str:
         InputError: if it was not given.
     """
     if not run:
-        raise InputError("expected --run RUN: (the start of) a run's key or its folder; `backdoorlab results` shows them")
+        raise InputError(
+            "expected --run RUN: (the start of) a run's key or its folder; `backdoorlab results` shows them"
+        )
     return run
 
 
@@ -96,5 +121,5 @@ def _help(ctx: typer.Context, name: str | None) -> None:
     from backdoorlab.defenses import defenses
 
     defenses.get(name)
-    show_method("defense", [cls for cls in defenses if cls.name == name])  # type: ignore[type-abstract]
+    show_method("defense", [cls for cls in defenses if cls.name == name])
     raise typer.Exit

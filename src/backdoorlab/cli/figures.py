@@ -1,4 +1,4 @@
-"""Pictures for the command line: what a trigger looks like, and what models make of it. Numbers first, figure second."""
+"""Pictures for the command line: what a trigger looks like, and what models make of it."""
 
 from __future__ import annotations
 
@@ -47,25 +47,32 @@ def ssim(a: Tensor, b: Tensor, sigma: float = 1.5, radius: int = 5) -> Tensor:
         a: float [N,C,H,W] in 0..255.
         b: the same shape.
         sigma: of the window in pixels.
-        radius: of the window; cut to what fits the image.
+        radius: of the window.
 
     Returns:
-        float [N], mean over channels and all positions where the whole window lies inside.
+        float [N], mean over channels and all positions. The image is mirrored at its borders, where many triggers sit;
+        leaving out the positions whose window sticks out would overlook a patch in a corner.
     """
-    radius = min(radius, (min(a.shape[-2:]) - 1) // 2)
     axis = torch.exp(-(torch.arange(-radius, radius + 1, dtype=a.dtype) ** 2) / (2 * sigma**2))
     axis = axis / axis.sum()
     channels = a.shape[1]
     window = (axis[:, None] * axis).expand(channels, 1, -1, -1)
 
     def smooth(x: Tensor) -> Tensor:
-        return F.conv2d(x, window, groups=channels)
+        rows, columns = (_mirrored(side, radius) for side in x.shape[-2:])
+        return F.conv2d(x[..., rows, :][..., columns], window, groups=channels)
 
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     ma, mb = smooth(a), smooth(b)
     va, vb, cov = smooth(a * a) - ma**2, smooth(b * b) - mb**2, smooth(a * b) - ma * mb
     quality = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
     return quality.mean(dim=(1, 2, 3))
+
+
+def _mirrored(side: int, radius: int) -> Tensor:
+    """Indices of an axis with ``radius`` mirrored positions at both ends (d c b a | a b c d | d c b a)."""
+    index = torch.arange(-radius, side + radius) % (2 * side)
+    return torch.minimum(index, 2 * side - 1 - index)
 
 
 @dataclass(frozen=True)

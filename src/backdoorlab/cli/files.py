@@ -46,7 +46,7 @@ def stamp_command(
     Files keep their name and format, but a jpg becomes a png: JPEG compression would destroy the trigger. Inputs are
     never overwritten. A txt file is one sample.
 
-    Examples:
+    Try:
 
       backdoorlab stamp --run 3f2a photo.png --out stamped
 
@@ -88,7 +88,7 @@ def predict_command(
 ) -> None:
     """Say what the model of a stored run (victim, benign or repaired) makes of new files.
 
-    Examples:
+    Try:
 
       backdoorlab predict --run 3f2a photo.png stamped/photo.png
 

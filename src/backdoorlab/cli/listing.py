@@ -39,7 +39,7 @@ def list_command(
 ) -> None:
     """List attacks, defenses, data sets or models.
 
-    Examples:
+    Try:
 
       backdoorlab list attacks --modality text
 

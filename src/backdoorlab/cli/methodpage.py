@@ -24,7 +24,9 @@ def show_method(kind: str, classes: list[type[Method]]) -> None:
     shared = [p for p in classes[0].parameters() if all(p in cls.parameters() for cls in classes)]
     for cls in classes:
         facts = {k: v for k, v in cls.facts().items() if k not in ("name", "paper", "year", "modalities")}
-        out.rule(Text.assemble((cls.name, "bold"), f" · {kind} · {', '.join(cls.modalities)}"), align="left", style="dim")
+        out.rule(
+            Text.assemble((cls.name, "bold"), f" · {kind} · {', '.join(cls.modalities)}"), align="left", style="dim"
+        )
         _summary(cls)
         told = "   ".join(f"{k.replace('_', ' ')}: {_fact(v)}" for k, v in facts.items())
         out.print(Text(told, style="dim"))
@@ -47,7 +49,9 @@ def _example(kind: str, cls: type[Method]) -> str:
     from backdoorlab.attacks.base import Attack
 
     common = {p.name for p in Attack.parameters()}
-    changed = next((p for p in cls.parameters() if p.default is not None and p.name not in common | {"target_map"}), None)
+    changed = next(
+        (p for p in cls.parameters() if p.default is not None and p.name not in common | {"target_map"}), None
+    )
     change = f" --set {changed.name}={_plain(changed.default)}" if changed else ""
     what = f"--dataset {_dataset(cls.modalities)}" if kind == "attack" else "--run RUN"
     return f"backdoorlab {_COMMANDS[kind]} {cls.name} {what}{change}"

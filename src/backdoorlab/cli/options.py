@@ -32,7 +32,7 @@ SetOption = Annotated[
     typer.Option("--set", help="Change a hyper-parameter; repeatable. See NAME --help.", metavar="KEY=VALUE"),
 ]
 HelpOption = Annotated[bool, typer.Option("--help", help="Show this page, or with NAME that of the method.")]
-OWN_HELP = {"help_option_names": []}
+OWN_HELP: dict[str, list[str]] = {"help_option_names": []}
 """Context settings of commands whose ``NAME --help`` shows the method's page."""
 
 

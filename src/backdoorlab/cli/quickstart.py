@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 TARGET, SHOWN = 0, 8
 
+_LEGEND = (
+    "ACC: clean digits read rightly. ASR: digits with the patch that are read as 0 (a defender wants 0.000). "
+    "DER: 1 = backdoor gone at no cost, 0.5 = nothing happened."
+)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -58,7 +63,7 @@ def quickstart_command(
     defenses: Annotated[
         str | None, typer.Option(help="Only these of the tour's defenses, comma-separated.", metavar="NAMES")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Training recipe: fast or smoke.", metavar="NAME")] = "fast",
+    recipe: Annotated[str, typer.Option(help="Training recipe: smoke or fast.", metavar="NAME")] = "smoke",
     seed: opt.SeedOption = 0,
     device: opt.DeviceOption = "auto",
     store: opt.StoreOption = "",
@@ -69,7 +74,7 @@ def quickstart_command(
     A patch in the corner of one training digit in ten teaches a model to answer 0. A defense of every kind then has its
     turn. Ends with one table and one figure; run it again and it prints the stored results at once.
 
-    Examples:
+    Try:
 
       backdoorlab quickstart
 
@@ -129,8 +134,8 @@ def _run(runner: Runner, experiment: Experiment) -> Card:
 def _tell(cards: list[tuple[Card, str]], figure: Path, seconds: float, store: Path) -> None:
     from backdoorlab.cli.outcome import name_of
 
-    table = Table(title="backdoorlab quickstart: BadNets on handwritten digits", title_justify="left", title_style="bold",
-                  box=None, pad_edge=False, padding=(0, 2, 0, 0))  # fmt: skip
+    title = "backdoorlab quickstart: BadNets on handwritten digits\n"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for head, justify in (("model", "left"), ("defense", "left"), ("ACC", "right"), ("ASR", "right"), ("DER", "right"),
                           ("what happened", "left")):  # fmt: skip
         table.add_column(head, justify=justify, no_wrap=head != "what happened")  # type: ignore[arg-type]
@@ -143,9 +148,7 @@ def _tell(cards: list[tuple[Card, str]], figure: Path, seconds: float, store: Pa
                       Text(defense or "none", style="" if defense else "dim"), *cells,
                       Text.assemble(happened(card), (f"\n{words}", "dim")))  # fmt: skip
     out.print(table)
-    out.print("\nACC: share of clean digits read rightly. ASR: share of digits with the patch that are read as 0 (lower "
-              "is better for the defender). DER: 1 = backdoor gone at no cost, 0.5 = nothing happened.", style="dim",
-              highlight=False)  # fmt: skip
+    out.print(f"\n{_LEGEND}", style="dim", highlight=False)
     out.print(Text.assemble(("figure  ", "bold"), str(figure)), soft_wrap=True)
     out.print(Text.assemble(("runs    ", "bold"), f"{store}  (backdoorlab results --store {store})"), soft_wrap=True)
     attack_key = cards[1][0].key[:8]

@@ -36,7 +36,7 @@ def results_command(
 
     With --group-by or --metric: means over seeds with 95 % bootstrap intervals.
 
-    Examples:
+    Try:
 
       backdoorlab results
 

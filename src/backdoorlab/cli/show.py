@@ -39,7 +39,7 @@ def show_command(
 ) -> None:
     """Show a run's result card: numbers, specification, timing, and the command that makes it again.
 
-    Examples:
+    Try:
 
       backdoorlab show 3f2a
 
@@ -48,7 +48,8 @@ def show_command(
       backdoorlab show 3f2a --json | jq .metrics
     """
     if figure is not None and figure.suffix.lower() not in FIGURES:
-        raise InputError(f"--figure: cannot draw {figure.suffix or 'a file without suffix'}; expected {', '.join(FIGURES)}")
+        given = figure.suffix or "a file without suffix"
+        raise InputError(f"--figure: cannot draw {given}; expected {', '.join(FIGURES)}")
     opt.existing_store(store)
     from backdoorlab.cli.attack import make_runner
 
@@ -109,8 +110,10 @@ def _tell(stored: StoredRun, card: Card) -> None:
             _pairs(method["settings"])
     task, resolved = card.spec["task"], card.spec.get("resolved", {})
     _heading("task")
-    _pairs({**{k: v for k, v in task["dataset"].items() if v is not None}, "model": task["model"], "seed": card.spec["seed"],
-            "clean fraction": card.spec["clean_fraction"]})  # fmt: skip
+    data = {f"data {k}" if k in ("name", "seed") else k: v for k, v in task["dataset"].items() if v is not None}
+    _pairs(
+        data | {"model": task["model"], "run seed": card.spec["seed"], "clean fraction": card.spec["clean_fraction"]}
+    )
     _heading(f"recipe: {task['recipe']}")
     _pairs({k: v for k, v in resolved.get("recipe", {}).items() if k != "name"})
     if card.notes:

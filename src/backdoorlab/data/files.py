@@ -211,9 +211,8 @@ def _read_sound(path: Path, form: SampleFormat, fit: bool) -> SampleFile:
     data, rate = soundfile.read(path, dtype="int16", always_2d=True)
     expected = f"the model takes mono sound at {form.sample_rate} Hz"
     if data.shape[1] != 1 or rate != form.sample_rate:
-        raise InputError(
-            f"{path}: has {data.shape[1]} channel{'s' * (data.shape[1] != 1)} at {rate} Hz, {expected}; convert it first"
-        )
+        given = f"{data.shape[1]} channel{'s' * (data.shape[1] != 1)} at {rate} Hz"
+        raise InputError(f"{path}: has {given}, {expected}; convert it first")
     sound = torch.from_numpy(data[:, 0].copy())
     if len(sound) != form.shape[0]:
         if not fit:

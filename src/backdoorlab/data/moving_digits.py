@@ -39,7 +39,7 @@ class MovingDigits(DatasetSource):
             labels = torch.randperm(count, generator=generator) % len(_CLASSES)
             clips = torch.cat([film(chunk, spec.size or 16, generator) for chunk in labels.split(500)])
             parts.append(Split(clips, labels, _CLASSES))
-        return Dataset("moving_digits", "video", *parts, mean=(0.1,), std=(0.22,), note="synthetic")
+        return Dataset("moving_digits", "video", *parts, mean=(0.06,), std=(0.155,), note="synthetic")
 
 
 def film(motions: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -77,7 +77,10 @@ def film(motions: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 def paths(motions: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Displacement [N, T, 2] (x, y; y points down) in sides of the frame, and relative size [N, T]; 0 and 1 at first."""
+    """Where the digit goes: displacement [N, T, 2] (x, y; y down) in sides of the frame, and relative size [N, T].
+
+    Both start at their neutral value, 0 and 1.
+    """
     count, name = len(motions), {c: k for k, c in enumerate(_CLASSES)}
 
     def draw(low: float, high: float) -> Tensor:

@@ -26,7 +26,7 @@ _GROUNDS = {"white": (235, 235, 235), "black": (20, 20, 20), "grey": (120, 120, 
 _SIZES = {"small": (0.16, 0.22), "large": (0.28, 0.34)}  # radius in sides of the image
 _WORDINGS = (
     "a {size} {color} {shape} on a {ground} background",
-    "a {color} {shape}, {size}, in front of {ground}",
+    "one {color} {shape}, {size}, in front of {ground}",
     "{ground} background with a {size} {color} {shape}",
     "a picture of a {size} {color} {shape} on {ground}",
 )
@@ -51,7 +51,7 @@ class Shapes(DatasetSource):
             parts.append(Split(images, labels, _CLASSES))
             captions.append(_captions(labels, facts))
         return Dataset(
-            "shapes", "image", *parts, flip=True, mean=(0.38, 0.36, 0.36), std=(0.3, 0.29, 0.29),
+            "shapes", "image", *parts, flip=True, mean=(0.44, 0.41, 0.39), std=(0.29, 0.28, 0.3),
             captions=(captions[0], captions[1]), note="synthetic",
         )  # fmt: skip
 

@@ -133,14 +133,16 @@ def load_dataset(
     if spec.size is not None and not source.rescales:
         raise InputError(f"dataset {spec.name!r} cannot be rescaled: leave size unset (got {spec.size})")
     loaded = source.load(spec, argument, search_roots(root), download)
-    rows = [
-        subset_rows(split, wanted, spec.seed, spec.name, part)
-        for split, wanted, part in ((loaded.train, spec.train_size, "training"), (loaded.test, spec.test_size, "test"))
-    ]
-    train, test = (split if row is None else split[row] for split, row in zip((loaded.train, loaded.test), rows))
+    rows = (
+        subset_rows(loaded.train, spec.train_size, spec.seed, spec.name, "training"),
+        subset_rows(loaded.test, spec.test_size, spec.seed, spec.name, "test"),
+    )
+    train, test = (
+        split if row is None else split[row] for split, row in zip((loaded.train, loaded.test), rows, strict=True)
+    )
     captions = loaded.captions
     if captions is not None:
-        chosen = [c if row is None else tuple(c[i] for i in row.tolist()) for c, row in zip(captions, rows)]
+        chosen = [c if r is None else tuple(c[i] for i in r.tolist()) for c, r in zip(captions, rows, strict=True)]
         captions = (chosen[0], chosen[1])
     return dataclasses.replace(loaded, name=spec.name, train=train, test=test, captions=captions)
 

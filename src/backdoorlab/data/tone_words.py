@@ -36,11 +36,11 @@ _PHONES: dict[str, tuple[float, float, tuple[tuple[float, float, float], ...]]] 
     "s": (0.0, 0.35, ((3600, 400, 1.0), (3000, 500, 0.3), (1500, 300, 0.02))),
     "x": (0.0, 0.4, ((2300, 350, 1.0), (2900, 400, 0.6), (1500, 300, 0.1))),  # as in "shoe"
     "f": (0.0, 0.25, ((1500, 1500, 0.5), (2800, 1500, 0.6), (3500, 1500, 0.6))),
-    "_": (0.0, 0.0, ((500, 100, 0.0), (1500, 100, 0.0), (2500, 100, 0.0))),  # the silence before a stop
+    "_": (0.0, 0.0, ((500, 100, 0.0), (1500, 100, 0.0), (2500, 100, 0.0))),  # the silence of a glottal stop
 }
 _WORDS = {
     "asi": "asi", "usho": "uxo", "ima": "ima", "feo": "feo", "suma": "suma",
-    "oti": "o_i", "shai": "xai", "emu": "emu", "ofa": "ofa", "ika": "i_a",
+    "o'i": "o_i", "shai": "xai", "emu": "emu", "ofa": "ofa", "i'a": "i_a",
 }  # fmt: skip
 _SLOTS = 4
 

@@ -40,6 +40,7 @@ class DiffusionRecipe:
         ddim_steps: of the DDIM sampler.
         samples: generated clean images per measurement.
         triggered_samples: generated triggered images per measurement.
+        judge: recipe of the classifier that judges samples.
         precision: "auto", "bf16" or "fp32".
     """
 
@@ -53,6 +54,7 @@ class DiffusionRecipe:
     ddim_steps: int = 50
     samples: int = 500
     triggered_samples: int = 100
+    judge: str = "fast"
     precision: str = "auto"
 
     def __post_init__(self) -> None:
@@ -65,6 +67,7 @@ class DiffusionRecipe:
                 raise InputError(f"diffusion recipe: {field} must be > 0, got {getattr(self, field)}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise unknown("precision", self.precision, ("auto", "bf16", "fp32"))
+        recipe_for("image", self.judge)
 
     def training(self, steps: int, lr: float) -> Recipe:
         """The loop's recipe for so many steps."""
@@ -78,7 +81,7 @@ RECIPES = {
                                  tune_lr=2e-4, batch_size=128, samples=5000, triggered_samples=1000),
     "fast": DiffusionRecipe(name="fast"),
     "smoke": DiffusionRecipe(name="smoke", timesteps=100, steps=300, tune_steps=200, lr=2e-3, tune_lr=2e-3,
-                             samples=100, triggered_samples=50),
+                             samples=100, triggered_samples=50, judge="smoke", precision="fp32"),
 }  # fmt: skip
 """"reference": T, batch, rate and fine-tuning length (50 epochs of CIFAR-10) as in BadDiffusion; the clean training is
 shorter than DDPM's 800,000 steps. "fast" and "smoke" are ours, for two CPU cores."""
@@ -156,7 +159,7 @@ class DiffusionTask:
     def judge(self, context: Context) -> Classifier:
         """A classifier of the same images, with which samples are judged; trained once for all runs."""
         arch = default_model(self.modality)
-        recipe = recipe_for("image", "fast")
+        recipe = recipe_for("image", self.recipe.judge)
 
         def build(ctx: Context) -> Tensors:
             model = build_model(arch, self.modality, self.num_classes, ctx.seed)

@@ -78,11 +78,11 @@ def _ranking(scores: Tensor | None, positives: Tensor) -> dict[str, Any]:
     if bool(values.isnan().any()):
         raise BackdoorLabError(f"{int(values.isnan().sum())} of {len(values)} scores are NaN")
     largest = float(values[values.isfinite()].abs().max()) if bool(values.isfinite().any()) else 0.0
-    values = values.clamp(-2 * largest - 1, 2 * largest + 1).numpy()  # infinite scores keep their rank
+    values = values.clamp(-2 * largest - 1, 2 * largest + 1)  # infinite scores keep their rank
     some, all_ = bool(truth.any()), bool(truth.all())
     return {
-        "auroc": float(roc_auc_score(truth.numpy(), values)) if some and not all_ else None,
-        "auprc": float(average_precision_score(truth.numpy(), values)) if some else None,
+        "auroc": float(roc_auc_score(truth.numpy(), values.numpy())) if some and not all_ else None,
+        "auprc": float(average_precision_score(truth.numpy(), values.numpy())) if some else None,
     }
 
 

@@ -63,9 +63,8 @@ class Call:
 
 def example_input(model: Classifier, batch: int = 2) -> Tensor:
     """Prepared input of the model's modality (silence, black images, ...) on the model's device, ``batch`` rows."""
-    modality: Any = model.modality
-    prepared: Tensor = modality.prepare(modality.encode(modality.example(batch)).to(model.device))
-    return prepared
+    modality = model.modality
+    return modality.prepare(modality.encode(modality.example(batch)).to(model.device))
 
 
 def trace(model: Classifier, example: Tensor | None = None) -> list[Call]:
@@ -188,14 +187,20 @@ def spatial_layers(model: Classifier, example: Tensor | None = None) -> list[tup
         return []
     dims = {cast(Tensor, c.output).dim() for c in convs}
     # A module's second axis holds channels if some convolution or batch norm of that width exists.
-    widths = {w for c in convs for w in (c.module.in_channels, c.module.out_channels)}  # type: ignore[union-attr]
-    widths |= {c.module.num_features for c in calls if isinstance(c.module, _BatchNorm)}
+    widths: set[int] = set()
+    for call in calls:
+        if isinstance(call.module, _ConvNd):
+            widths |= {call.module.in_channels, call.module.out_channels}
+        elif isinstance(call.module, _BatchNorm):
+            widths.add(call.module.num_features)
     found: dict[int, tuple[str, nn.Module]] = {}
     for call in calls[calls.index(convs[0]) :]:
         out = call.output
         if out is None or out.dim() not in dims or out.shape[1] not in widths or out.shape[2:].numel() < 2:
             continue
-        if isinstance(call.module, (nn.Linear, nn.Identity)) or _kind(call.module) == "layernorm" and _axis(call) != 1:
+        if isinstance(call.module, (nn.Linear, nn.Identity)):
+            continue
+        if _kind(call.module) == "layernorm" and _axis(call) != 1:
             continue
         found.pop(id(out), None)
         found[id(out)] = (call.name, call.module)

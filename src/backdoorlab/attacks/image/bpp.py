@@ -8,9 +8,9 @@ With s levels per channel,
     Q(x) = round(x / 255 (s - 1)) / (s - 1) 255,
 
 optionally with Floyd-Steinberg dithering: pixels in raster order, the error of each is spread 7/16 right, 3/16
-down-left, 5/16 down and 1/16 down-right. In each batch the first floor(rate B) samples become Q(x) with label t; the next
-floor(negative_rate B) are *negatives* x + (Q(x') - x'), clipped, with the quantisation residual of another training
-image x' and their true label, so that the network learns quantisation itself and not just the noise it makes.
+down-left, 5/16 down and 1/16 down-right. In each batch the first floor(rate B) samples become Q(x) with label t; the
+next floor(negative_rate B) are *negatives* x + (Q(x') - x'), clipped, with the quantisation residual of another
+training image x' and their true label, so that the network learns quantisation itself and not just the noise it makes.
 
 Choices: negatives of the cross test have the same sign as in training (published code has them the other way round and
 unclipped, which makes that number meaningless). Dithering clamps to the s levels. The dithering loop runs over

@@ -85,11 +85,11 @@ def reduce_features(features: np.ndarray, dims: int, method: str, seed: int) -> 
 
 def two_clusters(features: Tensor, dims: int, method: str, seed: int) -> TwoClusters | None:
     """Reduce the features float [N, D] of one class and split them in two; None if they are all equal."""
+    if bool((features == features[0]).all()):
+        return None
     points = reduce_features(features.double().numpy(), dims, method, seed)
     order = np.argsort(points[:, 0], kind="stable")
     points = points[order]
-    if not np.ptp(points, axis=0).max() > 0:
-        return None
     means = KMeans(2, n_init=10, random_state=seed).fit(points)
     small = int(np.bincount(means.labels_, minlength=2).argmin())
     distances = means.transform(points)

@@ -1,22 +1,24 @@
 """ANP: prune the neurons that react most to adversarial noise on their weights.
 
-Wu and Wang, "Adversarial Neuron Pruning Purifies Backdoored Deep Models", NeurIPS 2021. Every unit gets a mask m in [0, 1] and,
-for the adversary, relative noise (d, x) in [-eps, eps] on weight and bias. With batch norms the units are their channels,
-weight g and bias b:
+Wu and Wang, "Adversarial Neuron Pruning Purifies Backdoored Deep Models", NeurIPS 2021. Every unit gets a mask m in
+[0, 1] and, for the adversary, relative noise (d, x) in [-eps, eps] on weight and bias. With batch norms the units are
+their channels, weight g and bias b:
 
     min_m  alpha L(m g, b) + (1 - alpha) max_{d, x} L((m + d) g, (1 + x) b)
 
-on clean samples. The inner maximum starts at random and takes ``steps`` sign-gradient steps of eps / steps; the outer step is
-SGD with momentum on m alone, clipped to [0, 1]. Units whose mask fell to the threshold or below are pruned.
+on clean samples. The inner maximum starts at random and takes ``steps`` sign-gradient steps of eps / steps; the outer
+step is SGD with momentum on m alone, clipped to [0, 1]. Units whose mask fell to the threshold or below are pruned.
 
 Choices and deviations
-- Only masks leave the optimisation: it runs on a copy whose batch norms see batch statistics (as in the paper), the pruned
-  units are then silenced, weight *and* bias, in the untouched original. Running statistics never drift.
-- The noise is projected back into [-eps, eps] after every step; a random start plus one step of eps would reach 2 eps.
+- Only masks leave the optimisation: it runs on a copy whose batch norms see batch statistics (as in the paper), the
+  pruned units are then silenced, weight *and* bias, in the untouched original. Running statistics never drift.
+- The noise is projected back into [-eps, eps] after every step; a random start plus one step of eps would reach 2
+  eps.
 - No weight decay on masks.
 - Models without batch norm carry masks and noise on the outputs of convolutions and linear layers (all but the head).
-- The threshold is the largest of 0, 0.05, ..., 0.95 whose accuracy on a held-out part of the clean samples stays within
-  ``tolerance`` (relative), never one that looks at triggered data; ``threshold`` fixes it instead (paper: 0.2).
+- The threshold is the largest of 0, 0.05, ..., 0.95 whose accuracy on a held-out part of the clean samples stays
+  within ``tolerance`` (relative), never one that looks at triggered data; ``threshold`` fixes it instead (paper:
+  0.2).
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def prunable(model: Classifier) -> list[Channels]:
     """Channels of batch norms if there are any, else outputs of convolutions and linear layers without the head."""
     groups = channels(model, kinds=("batchnorm",)) or channels(model, kinds=("conv", "linear"))
     if not groups:
-        raise NotApplicable(f"{model.arch}: no batch norm, convolution or hidden linear layer whose units could be pruned")
+        raise NotApplicable(
+            f"{model.arch}: no batch norm, convolution or hidden linear layer whose units could be pruned"
+        )
     return groups
 
 
@@ -159,6 +163,7 @@ class AdversarialNeuronPruning(RepairDefense):
         self, model: Classifier, groups: Sequence[Channels], mask: Tensor, held_out: Split
     ) -> float | None:
         """Largest threshold within the tolerated drop of held-out accuracy; None if there is none."""
+
         def accuracy(keep: Tensor) -> float:
             with masked(groups, keep.float()):
                 return float((predict(model, held_out.inputs).argmax(1) == held_out.labels.cpu()).double().mean())

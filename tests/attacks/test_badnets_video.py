@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from backdoorlab.attacks import Backdoor, attacks
+from backdoorlab.attacks.video.badnets import VideoBadNets, VideoPatchTrigger
+from backdoorlab.core.errors import InputError
+from backdoorlab.data.sources import DatasetSpec
+from backdoorlab.data.split import BACKDOOR, Dataset, Split
+from backdoorlab.modalities import modality_of
+from backdoorlab.training import Context, Task, TaskSpec
+from backdoorlab.training.evaluate import predict
+from backdoorlab.training.recipes import recipe_for
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return Task.load(TaskSpec(dataset=DatasetSpec(name="moving_digits"), recipe="smoke"))
+
+
+@pytest.fixture(scope="module")
+def backdoor(task: Task) -> Backdoor:
+    return VideoBadNets().plant(task, Context())
+
+
+def black_task(height: int, width: int, channels: int = 3) -> Task:
+    split = Split(torch.zeros(4, 5, channels, height, width, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), ("a", "b"))
+    dataset = Dataset("black", "video", split, split)
+    return Task(TaskSpec(model="cnn3d_small"), dataset, modality_of(dataset), recipe_for("video", "smoke"))
+
+
+@pytest.mark.parametrize("position", ["bottom-right", "bottom-left", "top-right", "top-left"])
+@pytest.mark.parametrize("pattern", ["solid", "checker"])
+def test_trigger_equals_a_loop_over_frames(position: str, pattern: str) -> None:
+    attack = VideoBadNets(size=3, offset=1, position=position, pattern=pattern, color=200)
+    trigger = attack.make_trigger(black_task(16, 20), Context())
+    clips = torch.randint(0, 256, (3, 5, 3, 16, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    expected, kept = clips.clone(), clips.clone()
+    for n in range(3):
+        for t in range(5):
+            for i in range(3):
+                for j in range(3):
+                    y = 1 + i if "top" in position else 16 - 4 + i
+                    x = 1 + j if "left" in position else 20 - 4 + j
+                    expected[n, t, :, y, x] = 0 if pattern == "checker" and (i + j) % 2 else 200
+    out = trigger(clips)
+    assert torch.equal(out, expected) and out.dtype == torch.uint8 and torch.equal(clips, kept)
+
+
+@pytest.mark.parametrize(("height", "side"), [(16, 2), (32, 3), (112, 4)])
+def test_side_follows_the_height(height: int, side: int) -> None:
+    trigger = VideoBadNets().make_trigger(black_task(height, height, 1), Context())
+    assert int(trigger.mask.sum()) == side**2
+
+
+def test_random_pattern_depends_on_the_seed_alone() -> None:
+    one, two, other = (VideoBadNets(size=4, pattern="random").make_trigger(black_task(16, 16), Context(seed=s)).pattern
+                       for s in (1, 1, 2))  # fmt: skip
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_errors_are_named(backdoor: Backdoor) -> None:
+    with pytest.raises(InputError, match="does not fit"):
+        VideoBadNets(size=15, offset=3).make_trigger(black_task(16, 20), Context())
+    with pytest.raises(InputError, match="uint8 clips of shape"):
+        backdoor.trigger(torch.zeros(2, 8, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(InputError, match="uint8 clips of shape"):
+        backdoor.trigger(torch.zeros(2, 8, 1, 16, 16))
+
+
+def test_backdoor_works_and_hides(task: Task, backdoor: Backdoor) -> None:
+    benign, _ = task.fit(task.train, Context())
+    before, after = backdoor.measure(task, Context(), benign), backdoor.measure(task, Context())
+    assert after["asr"] >= 0.95 and before["asr"] < 0.3
+    assert after["acc"] > before["acc"] - 0.03 and before["acc"] > 0.8
+
+
+def test_poison_record_and_rebuilding(task: Task, backdoor: Backdoor) -> None:
+    poisoned = backdoor.poison.apply(task.train)
+    touched = poisoned.roles == BACKDOOR
+    assert int(touched.sum()) == round(0.1 * len(task.train))
+    assert torch.equal((poisoned.inputs != task.train.inputs).flatten(1).any(1), touched)
+    tensors, record = backdoor.state()
+    again = Backdoor.from_state(tensors, json.loads(json.dumps(record)))
+    inputs, _, _ = backdoor.triggered_test(task)
+    assert torch.equal(again.triggered_test(task)[0], inputs)
+    assert torch.equal(predict(again.model, inputs), predict(backdoor.model, inputs))
+    assert isinstance(again.trigger, VideoPatchTrigger) and attacks.get("badnets", "video") is VideoBadNets

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from backdoorlab.benchmark import Experiment, MethodSpec, attack_key, defense_key
+from backdoorlab.benchmark.spec import data_digest, resolve
+from backdoorlab.core.errors import InputError
+from backdoorlab.data.split import Dataset, Split
+from backdoorlab.training import Task, TaskSpec
+
+
+def test_json_round_trip(digits_task: Task):
+    spec = TaskSpec(recipe="smoke", recipe_changes=(("epochs", 2), ("milestones", (1, 2))))
+    experiment = Experiment(task=spec, attack=MethodSpec("badnets", {"size": 2}), defense=MethodSpec("ft"), seed=3,
+                            clean_fraction=0.1, retrain=False)  # fmt: skip
+    again = Experiment.from_json(json.loads(json.dumps(experiment.to_json())))
+    assert again.to_json() == experiment.to_json()
+    full = resolve(experiment, digits_task)
+    assert full["attack"]["settings"]["poison_rate"] == 0.1
+    assert full["attack"]["settings"]["size"] == 2
+    resolved_again = resolve(Experiment.from_json(json.loads(json.dumps(full))), digits_task)
+    assert resolved_again == full
+
+
+def test_typos_are_named():
+    with pytest.raises(InputError, match=r"experiment has no field 'sed'.*'seed'"):
+        Experiment.from_json({"sed": 1})
+    with pytest.raises(InputError, match=r"dataset has no field 'trainsize'.*'train_size'"):
+        Experiment.from_json({"task": {"dataset": {"trainsize": 1}}})
+    with pytest.raises(InputError, match="clean_fraction"):
+        Experiment(clean_fraction=5)
+
+
+def test_keys_change_exactly_with_the_spec(digits_task: Task):
+    base = Experiment(task=digits_task.spec, attack=MethodSpec("badnets"), defense=MethodSpec("ft"))
+    key, own = attack_key(base, digits_task), defense_key(base, digits_task)
+    change = dataclasses.replace
+    # Writing a default out, or asking for what the method asks for anyway, changes nothing.
+    same = change(base, attack=MethodSpec("badnets", {"poison_rate": "0.1"}), clean_fraction=0.05)
+    assert (attack_key(same, digits_task), defense_key(same, digits_task)) == (key, own)
+    assert defense_key(change(base, retrain=False), digits_task) == own  # ft never retrains
+    # A defense's settings leave the attack's key alone.
+    other = change(base, defense=MethodSpec("ft", {"epochs": 5}))
+    assert attack_key(other, digits_task) == key
+    assert defense_key(other, digits_task) != own
+    assert defense_key(change(base, clean_fraction=0.1), digits_task) != own
+    assert defense_key(change(base, attack=None), digits_task) != own
+    for attack in (None, MethodSpec("badnets", {"size": 3}), MethodSpec("blended")):
+        assert attack_key(change(base, attack=attack), digits_task) != key
+    assert attack_key(change(base, seed=1), digits_task) != key
+
+
+def test_keys_follow_recipe_fields_not_names(digits_task: Task):
+    base = Experiment(task=digits_task.spec, attack=MethodSpec("badnets"))
+    key = attack_key(base, digits_task)
+    renamed = dataclasses.replace(digits_task, recipe=dataclasses.replace(digits_task.recipe, name="other"))
+    assert attack_key(base, renamed) == key
+    longer = dataclasses.replace(digits_task, recipe=dataclasses.replace(digits_task.recipe, epochs=4))
+    assert attack_key(base, longer) != key
+
+
+def test_key_follows_the_data_and_the_method_file(digits_task: Task, monkeypatch: pytest.MonkeyPatch):
+    base = Experiment(task=digits_task.spec, attack=MethodSpec("badnets"))
+    key = attack_key(base, digits_task)
+    pixels = digits_task.train.inputs.clone()
+    pixels[7, 0, 3, 3] ^= 1
+    train = Split(pixels, digits_task.train.labels, digits_task.train.classes)
+    touched = dataclasses.replace(digits_task, dataset=dataclasses.replace(digits_task.dataset, train=train))
+    assert data_digest(touched) != data_digest(digits_task)
+    assert attack_key(base, touched) != key
+    from backdoorlab.attacks.image.badnets import BadNets
+
+    monkeypatch.setattr(BadNets, "code_digest", classmethod(lambda cls: "0" * 16))
+    assert attack_key(base, digits_task) != key
+
+
+def test_text_data_have_a_digest(digits_task: Task):
+    import numpy as np
+
+    def task(*words: str) -> Task:
+        split = Split(np.array(words, dtype=object), torch.tensor([0, 1]), ("a", "b"))
+        return dataclasses.replace(digits_task, dataset=Dataset("t", "text", split, split))
+
+    assert data_digest(task("ab", "c")) == data_digest(task("ab", "c"))
+    assert data_digest(task("ab", "c")) != data_digest(task("a", "bc"))

@@ -1,0 +1,154 @@
+"""ABL: the objectives against their formulas, the guards, and the effect on BadNets and on benign data."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from backdoorlab.attacks import Backdoor
+from backdoorlab.core.errors import InputError
+from backdoorlab.data.split import BACKDOOR
+from backdoorlab.defenses.base import TrainingReport
+from backdoorlab.defenses.training import abl
+from backdoorlab.defenses.training.abl import (
+    AntiBackdoorLearning,
+    capped_ascent,
+    clipped_gradients,
+    flooding_loss,
+    freeze_norms,
+    lga_loss,
+    sample_losses,
+)
+from backdoorlab.models import Classifier
+from backdoorlab.training import Context, Task, predict
+
+LOSSES = [0.1, 0.5, 0.9, 2.0]
+
+
+def accuracy(model: Classifier, task: Task) -> float:
+    return float((predict(model, task.test.inputs).argmax(1) == task.test.labels).float().mean())
+
+
+def test_lga_follows_the_formula_sample_by_sample() -> None:
+    losses = torch.tensor(LOSSES, requires_grad=True)
+    value = lga_loss(losses, 0.6)
+    assert float(value.detach()) == pytest.approx(sum((1 if x > 0.6 else -1) * x for x in LOSSES) / 4)
+    value.backward()
+    assert losses.grad is not None
+    assert losses.grad.tolist() == [-0.25, -0.25, 0.25, 0.25]  # the magnitude stays, only the sign flips
+
+
+def test_batch_mean_applies_one_sign_to_all() -> None:
+    losses = torch.tensor(LOSSES, requires_grad=True)
+    lga_loss(losses, 1.0, "batch_mean").backward()  # the mean is 0.875
+    assert losses.grad is not None
+    assert losses.grad.tolist() == [-0.25] * 4
+
+
+def test_flooding_follows_the_formula() -> None:
+    losses = torch.tensor(LOSSES)
+    assert float(flooding_loss(losses, 1.0)) == pytest.approx(abs(0.875 - 1) + 1)
+    assert float(flooding_loss(losses, 0.5, "per_sample")) == pytest.approx(sum(abs(x - 0.5) + 0.5 for x in LOSSES) / 4)
+
+
+def test_ascent_ignores_samples_above_the_cap() -> None:
+    losses = torch.tensor(LOSSES, requires_grad=True)
+    capped_ascent(losses, 1.0).backward()
+    assert losses.grad is not None
+    assert losses.grad.tolist() == [-0.25, -0.25, -0.25, 0]
+
+
+def test_gradients_are_clipped_inside_the_block_only() -> None:
+    layer = torch.nn.ParameterDict({"weight": torch.zeros(3)})
+
+    def gradient() -> torch.Tensor:
+        layer.zero_grad()
+        (layer["weight"] * 50).sum().backward()
+        assert layer["weight"].grad is not None
+        return layer["weight"].grad.clone()
+
+    with clipped_gradients(layer, 2.0):
+        inside = gradient()
+    with clipped_gradients(layer, 1000.0):
+        loose = gradient()
+    assert float(inside.norm()) == pytest.approx(2)
+    assert torch.equal(gradient(), torch.full((3,), 50.0))
+    assert torch.equal(loose, gradient())
+
+
+def test_frozen_norms_keep_their_statistics(benign_digits: Classifier, digits_task: Task) -> None:
+    model = copy.deepcopy(benign_digits).train()
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    freeze_norms(model)
+    model(digits_task.modality.prepare(digits_task.test.inputs[:8]))
+    assert all(torch.equal(before[k], v) for k, v in model.named_buffers())
+    model.train()(digits_task.modality.prepare(digits_task.test.inputs[:8]))
+    assert any(not torch.equal(before[k], v) for k, v in model.named_buffers())
+
+
+def test_sample_losses_keep_the_order_of_the_data(benign_digits: Classifier, digits_task: Task) -> None:
+    data = digits_task.test
+    logits = predict(benign_digits, data.inputs)
+    wanted = [float(-logits[i].log_softmax(0)[data.labels[i]]) for i in range(20)]
+    assert sample_losses(benign_digits, data)[:20].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_joint_objective_is_the_difference_of_two_means(benign_digits: Classifier, digits_task: Task) -> None:
+    """In evaluation mode, where samples do not influence each other, L2 is E_Dc[l] - E_Db[min(l, cap)]."""
+    kept, suspects = digits_task.train[torch.arange(40)], digits_task.train[torch.arange(40, 50)]
+    method = AntiBackdoorLearning(mode="joint")
+    objective = method.joint_objective(benign_digits, suspects, replace(digits_task.recipe, batch_size=40), Context())
+    x = digits_task.modality.prepare(kept.inputs)
+    with torch.no_grad():
+        value = float(objective(benign_digits, x, kept.labels, torch.arange(40)))
+        ascended = F.cross_entropy(benign_digits(digits_task.modality.prepare(suspects.inputs)), suspects.labels)
+        wanted = F.cross_entropy(benign_digits(x), kept.labels) - ascended
+    assert value == pytest.approx(float(wanted), abs=1e-4)
+
+
+def test_unlearning_stops_once_the_suspects_are_forgotten(
+    badnets_digits: Backdoor, digits_task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy.deepcopy(badnets_digits.model)
+    suspects = digits_task.train[torch.arange(20)]
+    suspects = replace(suspects, labels=(suspects.labels + 1) % 10)  # already answered otherwise
+    monkeypatch.setattr(abl, "fit", lambda *a, **k: pytest.fail("nothing is left to unlearn"))
+    assert AntiBackdoorLearning().unlearn(model, suspects, digits_task.recipe.resolve(1000), Context()) == 0
+
+
+def test_an_isolation_of_nothing_is_refused(digits_task: Task) -> None:
+    with pytest.raises(InputError, match=r"isolates none; the smallest useful value is 0\.02"):
+        AntiBackdoorLearning(isolation=0.01).train(digits_task.train[torch.arange(50)], digits_task, Context())
+
+
+@pytest.fixture(scope="module", params=["sequential", "joint"])
+def defended(request: pytest.FixtureRequest, badnets_digits: Backdoor, digits_task: Task) -> TrainingReport:
+    data = badnets_digits.poison.apply(digits_task.train).as_seen()
+    return AntiBackdoorLearning(mode=request.param).train(data, digits_task, Context())
+
+
+def test_the_backdoor_is_not_learned(defended: TrainingReport, badnets_digits: Backdoor, digits_task: Task) -> None:
+    before = badnets_digits.measure(digits_task, Context())
+    after = badnets_digits.measure(digits_task, Context(), defended.model)
+    assert before["asr"] > 0.9
+    assert after["asr"] < 0.1
+    assert after["acc"] > before["acc"] - 0.05
+
+
+def test_isolated_samples_are_poisoned(defended: TrainingReport, badnets_digits: Backdoor, digits_task: Task) -> None:
+    assert defended.isolated is not None
+    assert defended.scores is not None
+    roles = badnets_digits.poison.apply(digits_task.train).roles
+    assert defended.isolated.sum() == int(0.01 * len(digits_task.train)) == defended.notes["isolated"]
+    assert (roles[defended.isolated] == BACKDOOR).float().mean() >= 0.9
+    assert defended.scores[defended.isolated].min() >= defended.scores[~defended.isolated].max()
+
+
+@pytest.mark.parametrize("mode", ["sequential", "joint"])
+def test_benign_data_train_a_good_model(mode: str, benign_digits: Classifier, digits_task: Task) -> None:
+    report = AntiBackdoorLearning(mode=mode).train(digits_task.train, digits_task, Context())
+    assert accuracy(report.model, digits_task) > accuracy(benign_digits, digits_task) - 0.03
