@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import median_abs_deviation
-from torch import Tensor
 
 from backdoorlab.attacks import Backdoor
 from backdoorlab.core.errors import InputError, NotApplicable
@@ -47,7 +46,7 @@ def test_only_small_outliers_are_targets() -> None:
     costs = torch.tensor([20.0, 21, 19, 22, 60, 18, 23, 3, 20.5, 9])
     score, targets = verdict(costs)
     assert targets == (7, 9) and score == pytest.approx(float(anomaly_index(costs)[7]))
-    assert verdict(torch.tensor([20.0, 21, 19, 22, 60, 18, 23, 20])) [1] == ()
+    assert verdict(torch.tensor([20.0, 21, 19, 22, 60, 18, 23, 20]))[1] == ()
 
 
 def test_few_classes_are_judged_by_the_ratio() -> None:
@@ -59,7 +58,7 @@ def test_few_classes_are_judged_by_the_ratio() -> None:
 def slow_schedule(accuracy: list[float], cost: list[float]) -> tuple[list[float], float, int]:
     """One class, written out: (lambda after each epoch, best cost, epochs until it stopped)."""
     weight, best, reference, above, below, stale, raised, lowered = 1e-3, math.inf, math.inf, 0, 0, 0, False, False
-    weights = []
+    weights: list[float] = []
     for epoch, (a, c) in enumerate(zip(accuracy, cost, strict=True)):
         if a >= 0.98 and c < best:
             best = c
@@ -113,7 +112,7 @@ def test_finds_the_target_of_badnets_and_its_trigger_works(
     assert all(p.requires_grad for p in model.parameters())
     mask, pattern = report.recovered["mask"], report.recovered["pattern"]
     assert mask.shape == (10, 1, 16, 16) and pattern.shape == (10, 1, 16, 16)
-    assert 0 <= mask.min() and mask.max() <= 1 and 0 <= pattern.min() and pattern.max() <= 1
+    assert mask.min() >= 0 and mask.max() <= 1 and pattern.min() >= 0 and pattern.max() <= 1
     assert float(mask[0].sum()) == pytest.approx(report.per_class[0], rel=1e-4)
     rest = digits_task.test[digits_task.test.labels != 0]
     x = model.modality.prepare(rest.inputs)
@@ -128,8 +127,8 @@ def test_does_not_accuse_a_benign_model(benign_digits: Classifier, clean: Split)
 
 
 def test_chunks_of_classes_do_not_change_the_result(badnets_digits: Backdoor, clean: Split) -> None:
-    both = [NeuralCleanse(epochs=2, batch_size=16, min_steps=2, max_rows=rows).scan(badnets_digits.model, clean, Context())
-            for rows in (16, 4096)]  # fmt: skip
+    short = {"epochs": 2, "batch_size": 16, "min_steps": 2}
+    both = [NeuralCleanse(**short, max_rows=rows).scan(badnets_digits.model, clean, Context()) for rows in (16, 4096)]
     torch.testing.assert_close(both[0].recovered["mask"], both[1].recovered["mask"], atol=0.05, rtol=0)
 
 
@@ -146,7 +145,9 @@ def test_candidates_of_the_other_continuous_modalities() -> None:
     assert found["mask"].shape == found["pattern"].shape == (4, 4000)
     assert found["pattern"].min() < -0.5 and found["mask"].min() >= 0
     waves = torch.rand(3, 4000, generator=generator)
-    expected = torch.stack([audio((1 - m) * waves + m * p) for m, p in zip(found["mask"], found["pattern"], strict=True)])
+    expected = torch.stack(
+        [audio((1 - m) * waves + m * p) for m, p in zip(found["mask"], found["pattern"], strict=True)]
+    )
     torch.testing.assert_close(made.logits(waves, every), expected, atol=1e-4, rtol=1e-3)
 
 
@@ -156,7 +157,7 @@ def test_a_prompt_made_of_words_is_the_same_as_inserting_them(arch: str) -> None
     model = build_model(arch, modality, 3).eval()
     prompts = SoftPrompts(model, 2, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        words = model.net.embed(torch.tensor([[2, 8]])) / prompts.unit
+        words = prompts.embed(torch.tensor([[2, 8]])) / prompts.unit
         prompts.parameters[0][1] = words[0]
         ids = modality.encode(np.array(["a good film", "bad film", "film"], dtype=object))
         inserted = torch.cat([torch.tensor([[2, 8]]).expand(3, -1), ids[:, :-2]], 1)

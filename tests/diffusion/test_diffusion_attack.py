@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from backdoorlab.attacks import attacks
@@ -19,7 +20,8 @@ from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.diffusion import DiffusionBackdoor, DiffusionTask, NoiseTrigger, Schedule, benign_backdoor
 from backdoorlab.diffusion.attacks.baddiffusion import BadDiffusion, posterior_shift, trigger_path
 from backdoorlab.diffusion.denoiser import denoising_loss
-from backdoorlab.diffusion.figures import save_grids, tile
+from backdoorlab.diffusion.figures import save_comparison, save_grids, tile
+from backdoorlab.diffusion.metrics import squared_error
 from backdoorlab.diffusion.patterns import TARGETS, grey_box, target_image
 from backdoorlab.diffusion.task import load_diffusion_task, to_images
 from backdoorlab.training.context import Context
@@ -201,5 +203,33 @@ def test_figure_holds_every_image(tmp_path: Path) -> None:
         save_grids(tmp_path / "b.png", {"one": images[:0]})
 
 
+def test_comparison_draws_four_grids(
+    tmp_path: Path, short: DiffusionTask, context: Context, planted: DiffusionBackdoor
+) -> None:
+    path = save_comparison(tmp_path / "c.png", planted, short, context, count=3)
+    with Image.open(path) as picture:
+        assert picture.width > 3 * picture.height
+
+
 def test_images_are_clipped_before_they_are_cast() -> None:
     assert to_images(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_baddiffusion_takes_hold_on_small_digits_and_needs_its_own_sampler() -> None:
+    """Half a minute of training; thresholds allow for twice the error that three seeds showed."""
+    task, context = _task(), Context()
+    backdoor = BadDiffusion(poison_rate=0.4).plant(task, context)
+    victim = backdoor.measure(task, context)
+    target = to_images(backdoor.target)
+
+    def error(**settings: Any) -> float:
+        return float(squared_error(backdoor.generate(task, context, 50, triggered=True, **settings), target).mean())
+
+    untreated = error(model=task.clean_model(context))
+    assert victim["mse_target"] < 0.6 * victim["mse_target_clean"]
+    assert victim["mse_target"] < 0.5 * untreated
+    assert victim["asr"] > 0.3
+    assert victim["ssim_target"] > 0.5
+    assert victim["frechet_local"] < 1.5 * victim["frechet_local_benign"]
+    assert victim["judge_confidence"] > victim["judge_confidence_benign"] - 0.1
+    assert error(sampler="ddim") > 1.5 * victim["mse_target"]

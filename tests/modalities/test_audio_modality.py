@@ -8,7 +8,7 @@ import torch
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.split import Dataset, Split
 from backdoorlab.modalities import modality_from_config, modality_of
-from backdoorlab.modalities.audio import AudioModality, random_shift, to_int16
+from backdoorlab.modalities.audio import AudioModality, random_delay, to_int16
 
 
 def clips(count: int = 6, length: int = 400, seed: int = 0) -> torch.Tensor:
@@ -18,7 +18,7 @@ def clips(count: int = 6, length: int = 400, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def modality() -> AudioModality:
-    return AudioModality(8000, 400, shift=20, gain=6.0)
+    return AudioModality(8000, 400, delay=20, gain=6.0)
 
 
 def test_prepare_scales_to_unit_range(modality: AudioModality) -> None:
@@ -30,19 +30,19 @@ def test_prepare_scales_to_unit_range(modality: AudioModality) -> None:
     assert torch.equal((waves * 32768).to(torch.int16), raw) and torch.equal(raw, kept)
 
 
-def test_training_shifts_and_scales_each_clip(modality: AudioModality) -> None:
+def test_training_delays_and_scales_each_clip(modality: AudioModality) -> None:
     raw = clips(50)
     one, two, other = (modality.prepare(raw, train=True, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4))
     assert torch.equal(one, two) and not torch.equal(one, other)
     assert float(one.abs().max()) <= 1
-    shifted = random_shift(raw, 20, torch.Generator().manual_seed(3))
-    for before, after in zip(raw, shifted, strict=True):
-        padded = torch.nn.functional.pad(before, (20, 20))
-        assert any(torch.equal(after, padded[s : s + 400]) for s in range(41))
+    delayed = random_delay(raw, 20, torch.Generator().manual_seed(3))
+    for before, after in zip(raw, delayed, strict=True):
+        padded = torch.nn.functional.pad(before, (20, 0))
+        assert any(torch.equal(after, padded[s : s + 400]) for s in range(21))
 
 
 def test_gain_stays_within_bounds(modality: AudioModality) -> None:
-    plain = AudioModality(8000, 400, shift=0, gain=6.0)
+    plain = AudioModality(8000, 400, delay=0, gain=6.0)
     raw = clips(300)
     waves = plain.prepare(raw, train=True, generator=torch.Generator().manual_seed(0))
     decibel = 20 * torch.log10(waves.abs().amax(1) / plain.prepare(raw).abs().amax(1))

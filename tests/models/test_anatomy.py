@@ -301,19 +301,20 @@ def test_trace_sees_every_execution_and_restores_modes() -> None:
             logits: Tensor = self.linear(self.conv(self.conv(x)).mean((2, 3)))
             return logits
 
-    model = wrap(Twice())
-    model.net.conv.train()
+    net = Twice()
+    model = wrap(net)
+    net.conv.train()
     calls = trace(model)
     assert [c.name for c in calls] == ["net.conv", "net.conv", "net.linear", "net"]
     assert calls[0].feeds(calls[1]) and not calls[1].feeds(calls[2])
-    assert model.net.conv.training and not model.net.linear.training
+    assert net.conv.training and not net.linear.training
     with torch.inference_mode():
         assert len(trace(model, example_input(model))) == 4
 
 
 def test_frozen_and_evaluating_restore_what_they_changed() -> None:
     model = build_model("convnet3", IMAGE, 7).train()
-    model.net.linear.bias.requires_grad_(False)
+    head(model).bias.requires_grad_(False)
     with frozen(model):
         assert not any(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["net.linear.bias"]

@@ -68,7 +68,9 @@ class Results:
         self._connection.execute(f"CREATE TABLE runs ({', '.join(f'{_quoted(c)} {k}' for c, k in kinds.items())})")
         if records:
             values = [[record.get(c) for c in self.columns] for record in records]
+            self._connection.begin()  # one transaction: several times faster
             self._connection.executemany(f"INSERT INTO runs VALUES ({', '.join('?' * len(self.columns))})", values)
+            self._connection.commit()
 
     def sql(self, query: str) -> list[dict[str, Any]]:
         """Any query over the table ``runs``.

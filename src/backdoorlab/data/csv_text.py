@@ -32,10 +32,7 @@ class CsvText(DatasetSource):
     def load(self, spec: DatasetSpec, argument: str, roots: tuple[Path, ...], download: bool) -> Dataset:
         """See :meth:`DatasetSource.load`."""
         base = Path(argument).expanduser()
-        if base.is_dir():
-            paths = (base / "train.csv", base / "test.csv")
-        else:
-            paths = (base,)
+        paths = (base / "train.csv", base / "test.csv") if base.is_dir() else (base,)
         for path in paths:
             if not path.is_file():
                 raise InputError(f"dataset {spec.name!r}: there is no file {path.absolute()}")

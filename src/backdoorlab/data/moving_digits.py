@@ -39,7 +39,7 @@ class MovingDigits(DatasetSource):
             labels = torch.randperm(count, generator=generator) % len(_CLASSES)
             clips = torch.cat([film(chunk, spec.size or 16, generator) for chunk in labels.split(500)])
             parts.append(Split(clips, labels, _CLASSES))
-        return Dataset("moving_digits", "video", *parts, mean=(0.06,), std=(0.155,), note="synthetic")
+        return Dataset("moving_digits", "video", parts[0], parts[1], mean=(0.06,), std=(0.155,), note="synthetic")
 
 
 def film(motions: Tensor, size: int, generator: torch.Generator) -> Tensor:

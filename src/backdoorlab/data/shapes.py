@@ -51,7 +51,7 @@ class Shapes(DatasetSource):
             parts.append(Split(images, labels, _CLASSES))
             captions.append(_captions(labels, facts))
         return Dataset(
-            "shapes", "image", *parts, flip=True, mean=(0.44, 0.41, 0.39), std=(0.29, 0.28, 0.3),
+            "shapes", "image", parts[0], parts[1], flip=True, mean=(0.44, 0.41, 0.39), std=(0.29, 0.28, 0.3),
             captions=(captions[0], captions[1]), note="synthetic",
         )  # fmt: skip
 

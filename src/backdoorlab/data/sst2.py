@@ -48,7 +48,7 @@ class TsvText(DatasetSource):
                 raise InputError(f"dataset {self.name!r}: {folder / file} is missing. {self.obtain}")
             texts, labels = read_pairs(folder / file, digest)
             parts.append(Split(text_array(texts), torch.tensor(labels), self.classes))
-        return Dataset(self.name, "text", *parts)
+        return Dataset(self.name, "text", parts[0], parts[1])
 
 
 @datasets.register

@@ -89,9 +89,10 @@ class TemplatedText(DatasetSource):
         total = _TRAIN + _TEST
         made: dict[str, int] = {}
         while len(made) < total:
-            sentiment = len(made) % 2  # alternate, so that both parts are balanced
-            draws = torch.randint(0, 2**31, (11,), generator=generator).tolist()
-            made.setdefault(sentence(sentiment, draws), sentiment)
+            for draws in torch.randint(0, 2**31, (total, 11), generator=generator).tolist():
+                if len(made) < total:
+                    sentiment = len(made) % 2  # alternate, so that both parts are balanced
+                    made.setdefault(sentence(sentiment, draws), sentiment)
         texts, sentiments = text_array(list(made)), torch.tensor(list(made.values()))
         parts = []
         for rows in (torch.arange(_TRAIN), torch.arange(_TRAIN, total)):
@@ -113,8 +114,9 @@ def sentence(sentiment: int, draws: list[int]) -> str:
         return options[draws[i] % len(options)]
 
     first = pick(0, _ADJECTIVES[sentiment])
+    others = tuple(word for word in _ADJECTIVES[sentiment] if word != first)
     words = {
-        "A": first, "an A": f"{'an' if first[0] in 'aeiou' else 'a'} {first}", "B": pick(1, _ADJECTIVES[sentiment]),
+        "A": first, "an A": f"{'an' if first[0] in 'aeiou' else 'a'} {first}", "B": pick(1, others),
         "O": pick(2, _ADJECTIVES[1 - sentiment]), "V": pick(3, _VERBS[sentiment]), "S": pick(4, _SUBJECTS),
         "P": pick(5, _PEOPLE), "R": pick(6, _ADVERBS), "C": pick(7, _CLAUSES),
     }  # fmt: skip

@@ -34,15 +34,11 @@ class TinyImageNet(DatasetSource):
         wnids = sorted(_lines(folder / "wnids.txt"))
         names = dict(line.split("\t", 1) for line in _lines(folder / "words.txt") if "\t" in line)
         classes = _class_names(wnids, names)
-        train = [(p, k) for k, wnid in enumerate(wnids) for p in _class_files(folder / "train" / wnid / "images")]
-        test = _validation(folder / "val", {wnid: k for k, wnid in enumerate(wnids)})
-        parts = []
-        for rows in (train, test):
-            images = read_images([path for path, _ in rows], 3, *(spec.size or 64,) * 2)
-            parts.append(Split(images, torch.tensor([k for _, k in rows], dtype=torch.int64), classes))
-        return Dataset(
-            "tiny_imagenet", "image", *parts, flip=True, mean=(0.4802, 0.4481, 0.3975), std=(0.2302, 0.2265, 0.2262)
-        )
+        training = [(p, k) for k, wnid in enumerate(wnids) for p in _class_files(folder / "train" / wnid / "images")]
+        validation = _validation(folder / "val", {wnid: k for k, wnid in enumerate(wnids)})
+        train, test = (_split(rows, classes, spec.size or 64) for rows in (training, validation))
+        mean, std = (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)
+        return Dataset("tiny_imagenet", "image", train, test, flip=True, mean=mean, std=std)
 
 
 def _lines(path: Path) -> list[str]:
@@ -55,6 +51,11 @@ def _class_names(wnids: list[str], names: dict[str, str]) -> tuple[str, ...]:
     first = [names.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
     often = Counter(first)  # "crane" the bird and "crane" the machine
     return tuple(f"{name} ({wnid})" if often[name] > 1 else name for name, wnid in zip(first, wnids, strict=True))
+
+
+def _split(rows: list[tuple[Path, int]], classes: tuple[str, ...], size: int) -> Split:
+    images = read_images([path for path, _ in rows], 3, size, size)
+    return Split(images, torch.tensor([k for _, k in rows], dtype=torch.int64), classes)
 
 
 def _class_files(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from backdoorlab.data.split import Dataset, Split
 
 _TRAIN, _TEST = 1500, 400
 _RATE, _LENGTH = 8000, 8000
-_FFT, _HOP = 256, 80
+_FFT, _HOP = 256, 128
 _SNR_DB = 20.0
 
 # Phone: voicing, loudness, then (frequency, bandwidth, gain) of three resonances, in Hz.
@@ -62,7 +62,7 @@ class ToneWords(DatasetSource):
             labels = torch.randperm(count, generator=generator) % len(classes)
             clips = torch.cat([speak(chunk, generator) for chunk in labels.split(500)])
             parts.append(Split(clips, labels, classes))
-        return Dataset("tone_words", "audio", *parts, sample_rate=_RATE, note="synthetic")
+        return Dataset("tone_words", "audio", parts[0], parts[1], sample_rate=_RATE, note="synthetic")
 
 
 def speak(words: Tensor, generator: torch.Generator) -> Tensor:
@@ -92,12 +92,12 @@ def speak(words: Tensor, generator: torch.Generator) -> Tensor:
     phone = spelt.gather(1, slot).masked_fill(silent, symbols.index("_"))
 
     facts = torch.tensor([[v, g] for v, g, _ in _PHONES.values()])
-    voicing, loudness = _glide(facts[phone].mT).unbind(1)  # [N, frames] each
+    voicing = _glide(facts[phone][..., :1].mT)[:, 0]  # [N, frames]
     tract = draw(0.9, 1.15)
     pitch = (170 / tract**3 * draw(0.75, 1.25)).clamp(100, 250)
-    source = _excitation(pitch, voicing, time, generator)
-    envelope = _envelopes(tract)[torch.arange(count)[:, None], phone]  # [N, frames, bins]
-    envelope = _glide(envelope.mT) * loudness[:, None]
+    source = _excitation(pitch, voicing, generator)
+    shapes = _envelopes(tract) * facts[:, 1:]  # [N, phones, bins], times each phone's loudness
+    envelope = _glide(shapes[torch.arange(count)[:, None], phone].mT)  # [N, bins, frames]
     window = torch.hann_window(_FFT)
     spectrum = torch.stft(source, _FFT, _HOP, window=window, return_complex=True) * envelope
     voice = torch.istft(spectrum, _FFT, _HOP, window=window, length=_LENGTH)
@@ -108,7 +108,7 @@ def speak(words: Tensor, generator: torch.Generator) -> Tensor:
     return (clip * peak / clip.abs().amax(1, keepdim=True)).round().to(torch.int16)
 
 
-def _excitation(pitch: Tensor, voicing: Tensor, time: Tensor, generator: torch.Generator) -> Tensor:
+def _excitation(pitch: Tensor, voicing: Tensor, generator: torch.Generator) -> Tensor:
     """Pulses at a slowly falling pitch where voiced, white noise elsewhere: float [N, 8000], about unit power."""
     moment = torch.arange(_LENGTH) / _RATE
     # The integral of pitch * (1.1 - 0.2 t): one pulse whenever the phase passes a whole number.
@@ -129,5 +129,5 @@ def _envelopes(tract: Tensor) -> Tensor:
 
 
 def _glide(tracks: Tensor) -> Tensor:
-    """Average over five frames (50 ms), so that phones run into each other: [N, tracks, frames]."""
-    return torch.nn.functional.avg_pool1d(tracks, 5, stride=1, padding=2, count_include_pad=False)
+    """Average over three frames (48 ms), so that phones run into each other: [N, tracks, frames]."""
+    return torch.nn.functional.avg_pool1d(tracks, 3, stride=1, padding=1, count_include_pad=False)

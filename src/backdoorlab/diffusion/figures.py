@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from backdoorlab.core.errors import InputError
+from backdoorlab.diffusion.base import DiffusionBackdoor
+from backdoorlab.diffusion.task import DiffusionTask
+from backdoorlab.training.context import Context
 
 
 def tile(images: Tensor, columns: int = 8, gap: int = 1) -> Tensor:
@@ -60,3 +63,25 @@ def save_grids(path: str | Path, panels: Mapping[str, Tensor], *, columns: int =
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
     return path
+
+
+def save_comparison(
+    path: str | Path, backdoor: DiffusionBackdoor, task: DiffusionTask, context: Context, *, count: int = 40
+) -> Path:
+    """Write one PNG with what the clean and the backdoored model make of plain and of triggered noise.
+
+    Args:
+        path: of the file.
+        backdoor: the attack's result.
+        task: for the clean model.
+        context: its seed fixes the noise, which is the same for all four grids.
+        count: images per grid.
+    """
+    panels = {
+        f"{name} model, {'triggered' if triggered else 'plain'} noise": backdoor.generate(
+            task, context, count, triggered=triggered, model=model
+        )
+        for name, model in (("clean", task.clean_model(context)), ("backdoored", backdoor.model))
+        for triggered in (False, True)
+    }
+    return save_grids(path, panels)

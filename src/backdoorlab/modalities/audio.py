@@ -1,4 +1,7 @@
-"""Sounds: int16 [N,L] raw, float32 [N,L] in [-1, 1] prepared; time shift and gain as augmentation.
+"""Sounds: int16 [N,L] raw, float32 [N,L] in [-1, 1] prepared; delay and gain as augmentation.
+
+Clips are shifted later only, never earlier: a shift to the front would cut off the onset of the word (and a trigger at
+the very start), while the end of a clip is padding in most data sets.
 
 The spectrogram is made inside the networks (see :mod:`backdoorlab.models.audio`), so that gradients reach the waveform.
 """
@@ -30,11 +33,11 @@ def rms(waves: Tensor) -> Tensor:
     return waves.square().mean(1, keepdim=True).sqrt()
 
 
-def random_shift(waves: Tensor, most: int, generator: torch.Generator | None = None) -> Tensor:
-    """Move each row [B,L] by up to ``most`` samples in either direction, filling with zeros."""
+def random_delay(waves: Tensor, most: int, generator: torch.Generator | None = None) -> Tensor:
+    """Delay each row [B,L] by 0 to ``most`` samples, with zeros in front; what leaves at the end is lost."""
     batch, length = waves.shape
-    starts = torch.randint(0, 2 * most + 1, (batch,), generator=generator, device=waves.device)
-    windows = F.pad(waves, (most, most)).unfold(1, length, 1)
+    starts = torch.randint(0, most + 1, (batch,), generator=generator, device=waves.device)
+    windows = F.pad(waves, (most, 0)).unfold(1, length, 1)
     return windows[torch.arange(batch, device=waves.device), starts]
 
 
@@ -45,7 +48,7 @@ class AudioModality(Modality):
     Attributes:
         sample_rate: in Hz.
         length: in samples.
-        shift: largest time shift of the augmentation in samples; 0 disables it.
+        delay: longest delay of the augmentation in samples; 0 disables it.
         gain: largest change of loudness of the augmentation in dB; 0 disables it.
     """
 
@@ -54,7 +57,7 @@ class AudioModality(Modality):
 
     sample_rate: int = 8000
     length: int = 8000
-    shift: int = 0
+    delay: int = 0
     gain: float = 6.0
 
     def encode(self, inputs: Inputs) -> Tensor:
@@ -69,10 +72,10 @@ class AudioModality(Modality):
         return inputs
 
     def prepare(self, inputs: Inputs, *, train: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Shift in int16, scale to float32 [-1, 1], then change the loudness."""
+        """Delay in int16, scale to float32 [-1, 1], then change the loudness."""
         clips = self.encode(inputs)
-        if train and self.shift:
-            clips = random_shift(clips, self.shift, generator)
+        if train and self.delay:
+            clips = random_delay(clips, self.delay, generator)
         waves = clips.to(torch.float32).mul_(1 / FULL_SCALE)
         if train and self.gain:
             decibel = (2 * torch.rand(len(waves), 1, generator=generator, device=waves.device) - 1) * self.gain
@@ -106,8 +109,8 @@ class AudioModality(Modality):
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> AudioModality:
-        """Shift by at most a fortieth of the clip (25 ms of a second)."""
+        """Delay by at most a twentieth of the clip (50 ms of a second)."""
         inputs = dataset.train.inputs
         if not isinstance(inputs, Tensor) or inputs.dim() != 2 or dataset.sample_rate <= 0:
             raise InputError(f"{dataset.name}: audio data must be int16 [N,L] with a sample rate")
-        return cls(dataset.sample_rate, inputs.shape[1], shift=inputs.shape[1] // 40)
+        return cls(dataset.sample_rate, inputs.shape[1], delay=inputs.shape[1] // 20)

@@ -9,6 +9,9 @@ accuracy and rises late in training: a short recipe that suffices for all-to-one
 
 Choice: ``badnets`` with ``target_map=all-to-all`` is the same attack; it has a name of its own because the literature
 reports it as a row of its own.
+
+Seen on embedded grey digits (16 px, recipe "smoke", one seed): ASR 0.55 at the defaults (a patch of 2 px there),
+0.94 with a patch of 4 px at a rate of 30 %.
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ Choices: negatives of the cross test have the same sign as in training (publishe
 unclipped, which makes that number meaningless). Dithering clamps to the s levels. The dithering loop runs over
 anti-diagonals: pixel (i, j) needs only pixels with a smaller j + 2 i, so W + 2 H steps replace W H, with the same
 rounding. Batches are augmented and scheduled by the task's recipe.
+
+Seen on embedded grey digits (16 px, recipe "smoke", one seed): ASR 0.76 and cross accuracy 0.57 with 8 levels, 0.98 and
+0.94 with 4. On dark smooth images a residual of 8 levels is hard to tell from another image's.
 """
 
 from __future__ import annotations

@@ -14,6 +14,10 @@ Choices: clip before the cast (published code wraps around). m is meant for 32x3
 keeps the amplitude at 6.25 grey levels of chroma per position for every size. The positions (15, 15) and (31, 31) scale
 down with sides below 32 px and stay where they are above. m may differ between training and test (the paper: 50 and
 100). Grey images have no chroma: the pattern is added to the grey channel itself.
+
+Seen on embedded grey digits (16 px, recipe "smoke", one seed): at a rate of 8 % ASR is 0.07 with magnitudes of 400,
+0.22 with 800 and 0.90 with 1200 in training and 1600 at test. That is not invisible: on such images clean-label attacks
+need a trigger that is easier to see than the class itself.
 """
 
 from __future__ import annotations

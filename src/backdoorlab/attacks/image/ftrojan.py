@@ -16,6 +16,9 @@ wrapped speckles are a visible trigger of their own. The window is 32 px or the 
 positions (15, 15) and (31, 31) scale with it. Images that are not a multiple of the window get the pattern continued to
 their border. Grey images have no chroma: the pattern is added to the grey channel itself, so it is less invisible
 there.
+
+Seen on embedded grey digits (16 px, recipe "smoke", one seed): ASR 0.14 with a magnitude of 30, 1.00 with 60 (where
+the window is 16 px, so that a magnitude has twice the amplitude that it has at 32 px).
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ Choices and deviations:
   alone, as VillanDiffusion (arXiv 2306.06874) offers it.
 - k_t is exact for the full ancestral chain only. Under DDIM such a model misses the target, so attack and sampler are a
   pair here: ``sampler=ddim`` trains with the coefficient that is exact for deterministic steps, about 2 k_t.
+- Poison rate: 0.1 as in the paper's main table. It suffices from a thousand fine-tuning steps on (recipe "fast"); with
+  the two hundred of "smoke" a tenth of the samples is too few to learn from, 0.4 is not.
 - The paper's target and trigger are pictures (a cat, eyeglasses); ours are drawn by rule, for any size.
 - Learning rate and length default to the task's recipe; the fine-tuning rate is annealed to zero (the paper: cosine).
 """

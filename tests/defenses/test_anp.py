@@ -1,0 +1,128 @@
+"""ANP: its adversary, its pruning and its effect on backdoored digits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backdoorlab.attacks import Backdoor
+from backdoorlab.core.errors import InputError, NotApplicable
+from backdoorlab.data.sources import balanced_subset
+from backdoorlab.data.split import Split
+from backdoorlab.defenses import defenses
+from backdoorlab.defenses.repair.anp import AdversarialNeuronPruning, adversarial_noise, prunable
+from backdoorlab.modalities.image import ImageModality
+from backdoorlab.modalities.text import TextModality
+from backdoorlab.models import Classifier, build_model
+from backdoorlab.models.anatomy import masked, split_units, unit_count
+from backdoorlab.training import Context, Task
+from backdoorlab.training.evaluate import predict
+
+
+@pytest.fixture(scope="module")
+def clean(digits_task: Task) -> Split:
+    """A tenth of the training set."""
+    return balanced_subset(digits_task.train, 144, 0, "digits training set")
+
+
+def perturbed_loss(model: Classifier, noise: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Loss under noise on BN weights and biases, by editing a state dict instead of masking."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    groups = prunable(model)
+    for group, d, x in zip(groups, split_units(noise[0], groups), split_units(noise[1], groups), strict=True):
+        state[f"{group.name}.weight"] *= 1 + d
+        state[f"{group.name}.bias"] *= 1 + x
+    logits = torch.func.functional_call(model, state, (inputs,))
+    return F.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_noise_stays_in_the_box_and_raises_the_loss(badnets_digits: Backdoor, clean: Split, steps: int) -> None:
+    model = badnets_digits.model
+    groups = prunable(model)
+    inputs, labels = model.modality.prepare(clean.inputs), clean.labels
+    start = torch.rand(2, unit_count(groups), generator=torch.Generator().manual_seed(0)) * 0.8 - 0.4
+    noise = adversarial_noise(model, groups, torch.ones(unit_count(groups)), inputs, labels, start, 0.4, steps)
+    assert noise.shape == start.shape and float(noise.abs().max()) <= 0.4
+    assert (noise - start).abs().max() > 0.1
+    with torch.no_grad():
+        before = perturbed_loss(model, torch.zeros_like(start), inputs, labels)
+        random, adversarial = (perturbed_loss(model, n, inputs, labels) for n in (start, noise))
+    assert adversarial > 2 * random and adversarial > 2 * before
+
+
+def test_one_step_of_noise_is_the_projected_gradient_sign(badnets_digits: Backdoor, clean: Split) -> None:
+    model = badnets_digits.model
+    groups = prunable(model)
+    inputs, labels = model.modality.prepare(clean.inputs), clean.labels
+    start = torch.rand(2, unit_count(groups), generator=torch.Generator().manual_seed(1)) * 0.2 - 0.1
+    leaf = start.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(perturbed_loss(model, leaf, inputs, labels), leaf)
+    ones = torch.ones(unit_count(groups))
+    found = adversarial_noise(model, groups, ones, inputs, labels, start, 0.1, 1)
+    sure = slope.abs() > 1e-6
+    assert sure.float().mean() > 0.5
+    assert torch.equal(found[sure], (start + 0.1 * slope.sign()).clamp(-0.1, 0.1)[sure])
+
+
+def test_pruned_channels_are_dead_and_nothing_else_changed(badnets_digits: Backdoor, clean: Split) -> None:
+    model = badnets_digits.model
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    method = AdversarialNeuronPruning(iterations=20, threshold=0.9)
+    repaired = method.repair(model, clean, Context())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    mask = method.optimise_masks(model, clean[torch.randperm(144, generator=Context().generator("anp", "holdout"))],
+                                 Context())  # fmt: skip
+    dead = mask <= 0.9
+    assert dead.any() and not dead.all()
+    groups = prunable(repaired)
+    outputs: dict[str, Tensor] = {}
+    for group in groups:
+        group.module.register_forward_hook(lambda m, a, out, name=group.name: outputs.__setitem__(name, out))
+    with torch.no_grad():
+        repaired(model.modality.prepare(clean.inputs))
+    for group, gone in zip(groups, split_units(dead, groups), strict=True):
+        silent = group.units_last(outputs[group.name]).flatten(0, -2).abs().amax(0) == 0
+        assert torch.equal(silent, gone)
+        assert torch.equal(group.weight[~gone], before[f"{group.name}.weight"][~gone])
+    changed = {k for k, v in repaired.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed <= {f"{g.name}.{p}" for g in groups for p in ("weight", "bias")}
+
+
+def test_same_seed_same_masks(badnets_digits: Backdoor, clean: Split) -> None:
+    method = AdversarialNeuronPruning(iterations=3)
+    first, second, other = (method.optimise_masks(badnets_digits.model, clean, Context(s)) for s in (0, 0, 1))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert first.min() >= 0 and first.max() <= 1
+
+
+def test_threshold_is_the_largest_within_tolerance(badnets_digits: Backdoor, clean: Split) -> None:
+    model = badnets_digits.model
+    groups = prunable(model)
+    mask = torch.rand(unit_count(groups), generator=torch.Generator().manual_seed(3))
+    chosen = AdversarialNeuronPruning(tolerance=0.1).choose_threshold(model, groups, mask, clean)
+    accuracy = []
+    for tau in [t / 20 for t in range(20)]:
+        with masked(groups, (mask > tau).float()):
+            accuracy.append(float((predict(model, clean.inputs).argmax(1) == clean.labels).float().mean()))
+    floor = 0.9 * float((predict(model, clean.inputs).argmax(1) == clean.labels).float().mean())
+    assert chosen == pytest.approx(max(t / 20 for t in range(20) if accuracy[t] >= floor))
+    hopeless = torch.zeros(unit_count(groups))
+    assert AdversarialNeuronPruning(tolerance=0).choose_threshold(model, groups, hopeless, clean) is None
+
+
+def test_models_without_batch_norm_are_pruned_at_convolutions_and_linear_layers() -> None:
+    vit = build_model("vit_tiny_patch16_224", ImageModality(3, 32, 32), 10)
+    assert {g.kind for g in prunable(vit)} == {"conv", "linear"}
+    modality = TextModality(("<pad>", "<unk>", "cf", "mn", "bb", "tq", "mb", "example"), max_len=8)
+    assert {g.kind for g in prunable(build_model("textcnn", modality, 2))} == {"conv"}
+    with pytest.raises(NotApplicable, match="lstm"):
+        prunable(build_model("lstm", modality, 2))
+
+
+def test_too_few_samples_are_named(badnets_digits: Backdoor, clean: Split) -> None:
+    with pytest.raises(InputError, match="at least 2 clean samples"):
+        AdversarialNeuronPruning().repair(badnets_digits.model, clean[torch.tensor([0])], Context())
+    assert defenses.get("anp", "image") is AdversarialNeuronPruning
