@@ -24,8 +24,8 @@ CASES = [
     ("lf", DIRTY, {}),
     ("refool", DIRTY, {}),
 ]
-"""Settings that differ from the defaults are stronger triggers: on grey digits of 16 px, smooth and easily told apart, a
-pattern meant for 32-px photographs is hardly visible to a network trained for seconds, and a network that knows the
+"""Settings that differ from the defaults are stronger triggers: on grey digits of 16 px, smooth and easily told apart,
+a pattern meant for 32-px photographs is hardly visible to a network trained for seconds, and a network that knows the
 target class from its shape has no use for a clean-label trigger unless that is much easier to see."""
 
 

@@ -401,7 +401,15 @@ def test_lf_optimisation_lowers_the_loss_of_the_target(digits_task: Task, benign
     assert found < min(clean, other) - 1
     # No pixel differs from its neighbour by more than a blur of this width allows.
     assert float((pattern[:, 1:] - pattern[:, :-1]).abs().max()) < 0.06
-    assert all(p.grad is None for p in benign_digits.parameters())
+
+
+def test_lf_optimisation_leaves_the_model_alone(digits_task: Task) -> None:
+    model = digits_task.build_model(Context()).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimise_pattern(model, digits_task.train.inputs[:20], 0, 0.2, 3.2, 2, Context())
+    assert all(p.grad is None for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 # --- reflections ------------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def test_bench(cli: Callable[..., Any], lab: Any, tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
     grid.write_text(
         "name: tiny\ntasks:\n- {dataset: digits, recipe: smoke, recipe_changes: {min_steps: 120}}\n"
-        "attacks: [badnets]\ndefenses:\n- {name: ft, settings: {lr: 0.1}}\nseeds: [0]\n"
+        "attacks: [badnets]\ndefenses:\n- {name: ft, settings: {lr: 0.2}}\nseeds: [0]\n"
     )
     reply = cli("bench", grid, "--store", lab.store, "--json")
     assert reply.code == 0, reply.err

@@ -216,8 +216,8 @@ def test_images_are_clipped_before_they_are_cast() -> None:
 
 
 def test_baddiffusion_takes_hold_on_small_digits_and_needs_its_own_sampler() -> None:
-    """Half a minute of training; thresholds allow for twice the error that three seeds showed."""
-    task, context = _task(), Context()
+    """Three seeds (longer clean training) showed an MSE ratio near 0.4 and an ASR near 0.65; thresholds are looser."""
+    task, context = _task(steps=150, samples=60), Context()
     backdoor = BadDiffusion(poison_rate=0.4).plant(task, context)
     victim = backdoor.measure(task, context)
     target = to_images(backdoor.target)

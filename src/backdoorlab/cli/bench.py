@@ -29,7 +29,9 @@ def bench_command(
         bool, typer.Option("--resume/--fresh", help="Reuse results that the store has, or run everything again.")
     ] = True,
     engine: Annotated[str, typer.Option(help="Where the stages run: local.", metavar="NAME")] = "local",
-    device: opt.DeviceOption = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda; several, such as cuda:0,cuda:1, get a worker each.", metavar="DEVICE")
+    ] = "auto",
     store: opt.StoreOption = "",
     root: opt.RootOption = None,
     download: opt.DownloadOption = False,
@@ -58,7 +60,8 @@ def bench_command(
     from backdoorlab.cli.attack import make_runner
 
     grid = Grid.from_yaml(file)
-    runner = make_runner(store, device, root, download)
+    devices = [str(opt.device_of(name.strip())) for name in device.split(",")]
+    runner = make_runner(store, devices[0], root, download)
     stages = plan(grid)
     done = 0
 
@@ -68,7 +71,7 @@ def bench_command(
         err.print(Text(f"[{done}/{len(stages)}] {stage.label}: {_brief(card)}{'  (stored)' if reused else ''}"),
                   soft_wrap=True, highlight=False)  # fmt: skip
 
-    report = run_grid(grid, runner, resume=resume, on_card=on_card, engine=LocalEngine())
+    report = run_grid(grid, runner, resume=resume, on_card=on_card, engine=LocalEngine(devices))
     summary = _summary(grid.name, len(stages), report)
     if as_json:
         print_json(summary)

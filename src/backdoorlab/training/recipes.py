@@ -88,9 +88,9 @@ _IMAGE = {
 }
 _ADAM = Recipe(optimizer="adamw", schedule="onecycle", weight_decay=1e-2)
 _TEXT = {
-    "reference": dataclasses.replace(_ADAM, name="reference", epochs=20, batch_size=32, lr=1e-3),
-    "fast": dataclasses.replace(_ADAM, name="fast", epochs=8, batch_size=64, lr=2e-3),
-    "smoke": dataclasses.replace(_ADAM, name="smoke", epochs=3, batch_size=64, lr=3e-3, min_steps=120),
+    "reference": dataclasses.replace(_ADAM, name="reference", epochs=10, batch_size=32, lr=1e-3),
+    "fast": dataclasses.replace(_ADAM, name="fast", epochs=5, batch_size=64, lr=2e-3, min_steps=300),
+    "smoke": dataclasses.replace(_ADAM, name="smoke", epochs=3, batch_size=64, lr=5e-3, min_steps=120),
 }
 _AUDIO = {
     "reference": dataclasses.replace(_ADAM, name="reference", epochs=40, batch_size=64, lr=2e-3),

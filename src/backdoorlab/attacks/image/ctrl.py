@@ -16,8 +16,7 @@ down with sides below 32 px and stay where they are above. m may differ between 
 100). Grey images have no chroma: the pattern is added to the grey channel itself.
 
 Seen on embedded grey digits (16 px, recipe "smoke", one seed): at a rate of 8 % ASR is 0.07 with magnitudes of 400,
-0.22 with 800 and 0.90 with 1200 in training and 1600 at test. That is not invisible: on such images clean-label attacks
-need a trigger that is easier to see than the class itself.
+0.22 with 800 and 0.90 with 1200 in training and 1600 at test. At these magnitudes it is not invisible any more.
 """
 
 from __future__ import annotations

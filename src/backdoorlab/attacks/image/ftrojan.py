@@ -1,7 +1,7 @@
 """FTrojan: two high-frequency cosine waves in the colour channels.
 
 Wang, Yao, Xu, An, Tong, Wang, "An Invisible Black-box Backdoor Attack through Frequency Domain", ECCV 2022
-(arXiv 2107.04401).
+(arXiv 2111.10991).
 
 In YCrCb each chroma channel is cut into windows of w x w pixels; in the orthonormal two-dimensional DCT of each window
 a magnitude m is added at two positions, and everything is transformed back. As the transform is linear and orthonormal
@@ -76,7 +76,7 @@ class FTrojan(PoisoningAttack):
 
     name: ClassVar[str] = "ftrojan"
     paper: ClassVar[str] = (
-        "Wang et al., Invisible Black-box Attack through Frequency Domain, ECCV 2022, arXiv 2107.04401"
+        "Wang et al., Invisible Black-box Attack through Frequency Domain, ECCV 2022, arXiv 2111.10991"
     )
     year: ClassVar[int] = 2022
     modalities: ClassVar[tuple[str, ...]] = ("image",)

@@ -11,7 +11,7 @@ by construction and optimised on a clean model h to push samples toward the targ
 with S a Gaussian blur and norm01 the rescaling of the whole pattern to [0, 1].
 
 Choices: the published search accumulates targeted DeepFool steps and low-passes the sum; here z is optimised by Adam
-directly, which is simpler and reaches a lower loss. S has a standard deviation of a fifth of the shorter side. h is a
+directly. S has a standard deviation of a fifth of the shorter side. h is a
 benign model of the task's own architecture and recipe, made once per task and shared by all runs, and so is the
 pattern; both see inputs in the same range. ``variant="random"`` needs no model: a random field of the cosine
 frequencies u + v <= 6, rescaled to the same range (report it as "LF-random").
@@ -70,7 +70,6 @@ def optimise_pattern(
     generator, device = ctx.generator("pattern"), ctx.device
     one = torch.tensor([sigma], device=device)
     rows, columns = (blur_matrix(side, one)[0] for side in images.shape[2:])
-    # Blurring shrinks noise; a start of this size moves by Adam's steps as fast as the published one.
     z = torch.randn(images.shape[1:], generator=generator).to(device).requires_grad_()
     adam = torch.optim.Adam([z], lr=0.05)
     for _ in ctx.track(range(steps), "lf: optimising the pattern", steps):

@@ -17,7 +17,7 @@ for the attack, one that it never used; ASR with the latter is noted as ``asr_he
 given for 224 px and scale with the image, offsets being at least one pixel. Blur and vignette have closed forms: rows
 of the blur matrix sum to 1 at the border, the vignette is exp(-z^2 / 4) with z from -3 to 3 along each axis. Paper:
 clean label; the common re-implementation relabels, which is the default here. ``clean_label=true`` poisons only target-
-class samples, and expect little of it at low resolution. Without a generator everything is a function of the sample's
+class samples, its effect was not measured here. Without a generator everything is a function of the sample's
 index. The paper's search for the best reflections is left out.
 """
 

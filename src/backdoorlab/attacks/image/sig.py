@@ -16,7 +16,8 @@ target class is poisoned and clean accuracy suffers by the share of that class.
 
 Seen on embedded grey digits (16 px, recipe "smoke", one seed): at a rate of 8 % the default amplitude reaches an ASR of
 0.22 and 80 in training and test 0.24; 60 in training with 120 at test 0.93, at which a benign model already says the
-target class for 0.28 of the triggered samples. A class that is easily recognised leaves the sinusoid little to explain.
+target class for 0.28 of the triggered samples. Probably a class that is easily recognised
+leaves the sinusoid little to explain; that was not tested.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ its effect depends on the image, hence ``sample_specific`` is false. The mean di
 size of the image, a quarter pixel by default.
 
 Seen on embedded grey digits (16 px, recipe "smoke", one seed): ASR 0.75 with s = 0.5, 0.85 with s = 1 and 0.96 to
-0.98 with s = 2, at a cross accuracy of 0.95, 0.93 and about 0.91. Smooth small images show little of a small bend.
+0.98 with s = 2, at a cross accuracy of 0.95, 0.93 and about 0.91.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Gu, Liu, Dolan-Gavitt, Garg, "BadNets", IEEE Access 2019 (arXiv 1708.06733), app
 
     T(x)_t = (1 - m) x_t + m P   for every frame t
 
-Choices: the side is 3/32 of the height but from 2 to 4 px, and the patch is white by default (many clips have dark
+Choices: the side is 3/32 of the height but at least 3 px (random crops of small clips push 2 px out of a third of the
+poisoned clips: ASR 93 instead of 99 % on clips of 16x16), and the patch is white by default (many clips have dark
 borders, where a black one would be invisible). Everything else is as for images, with the same options.
 """
 
@@ -61,7 +62,7 @@ class VideoBadNets(PoisoningAttack):
 
     target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
     size: int | None = param(
-        None, "side of the patch in pixels; none = 3/32 of the height, from 2 to 4", low=1, source="ours"
+        None, "side of the patch in pixels; none = 3/32 of the height, at least 3", low=1, source="ours"
     )
     position: str = param("bottom-right", "corner", choices=CORNERS, source="ours")
     offset: int = param(0, "distance from the corner's two borders in pixels", low=0, source="ours")
@@ -72,7 +73,7 @@ class VideoBadNets(PoisoningAttack):
         """Draw the patch at the data's resolution."""
         assert isinstance(task.modality, VideoModality)
         shape = (task.modality.channels, task.modality.height, task.modality.width)
-        side = self.size or min(4, max(2, round(3 * task.modality.height / 32)))
+        side = self.size or max(3, round(3 * task.modality.height / 32))
         return VideoPatchTrigger(
             *draw_patch(shape, side, self.position, self.offset, self.pattern, self.color, ctx.generator("patch"))
         )

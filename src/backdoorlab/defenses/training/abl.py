@@ -77,13 +77,6 @@ def sample_losses(model: Classifier, data: Split) -> Tensor:
     return F.cross_entropy(predict(model, data.inputs), data.labels.cpu(), reduction="none")
 
 
-def freeze_norms(model: nn.Module) -> None:
-    """Put batch normalisation layers in evaluation mode until the next ``train()``."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.eval()
-
-
 @contextmanager
 def clipped_gradients(model: nn.Module, bound: float) -> Iterator[None]:
     """Bound the norm of every parameter tensor's gradient inside the block."""
@@ -107,7 +100,7 @@ class AntiBackdoorLearning(TrainingDefense):
     modalities: ClassVar[tuple[str, ...]] = ("image", "text", "audio", "video")
 
     mode: str = param(
-        "sequential", "how D_b is unlearned", choices=("sequential", "joint"), source="authors' code (paper: joint)"
+        "joint", "how D_b is unlearned", choices=("joint", "sequential"), source="paper"
     )
     local_loss: str = param("lga", "loss of the isolation phase", choices=("lga", "flooding"), source="paper")
     lga_mode: str = param("per_sample", "what the local loss is applied to", choices=("per_sample", "batch_mean"),
@@ -117,7 +110,7 @@ class AntiBackdoorLearning(TrainingDefense):
     turning: float = param(0.2, "length of the isolation phase / recipe", above=0, high=1, source="paper")
     recovery: float = param(0.6, "length of the training on D_c / recipe (sequential)", low=0, high=10,
                             source="BackdoorBench")  # fmt: skip
-    isolation_lr: float = param(1.0, "learning rate of the isolation phase / the recipe's peak", above=0, source="ours")
+    isolation_lr: float = param(0.3, "learning rate of the isolation phase / the recipe's peak", above=0, source="ours")
     isolation_augment: bool = param(False, "augment in the isolation phase (weakens triggers)", source="paper")
     ascent: float = param(0.2, "length of the ascent on D_b / recipe (sequential)", low=0, high=10,
                           source="BackdoorBench")  # fmt: skip
@@ -195,7 +188,6 @@ class AntiBackdoorLearning(TrainingDefense):
                                    weight_decay=0.0, augment=False)  # fmt: skip
 
         def objective(model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-            freeze_norms(model)
             return capped_ascent(F.cross_entropy(model(inputs), labels, reduction="none"), cap)
 
         steps = len(suspects) // batch
