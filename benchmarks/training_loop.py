@@ -3,10 +3,10 @@
     python benchmarks/training_loop.py [--model preact_resnet8 preact_resnet18] [--device cpu] [--steps 40]
 
 Three things are timed in turn, round after round, on 32x32 images with 10 classes (random pixels; content does not
-matter for speed), and the ratio is reported per round, so that a noisy machine disturbs both sides alike:
+matter for speed), and ratios are taken per round, so that a noisy machine disturbs both sides alike:
 
 (a) the limit: forward, backward and optimiser step on one resident, already prepared batch, in the same precision;
-(b) ``backdoorlab.training.fit``: gathering, augmentation, normalisation, schedule, index bookkeeping and logging included;
+(b) ``backdoorlab.training.fit``: gathering, augmentation, normalisation, schedule, indices and logging included;
 (c) a plain PyTorch loop: a torchvision-style data set with PIL transforms, DataLoader workers, fp32, NCHW, ``.item()``
     in every step.
 """
@@ -139,7 +139,8 @@ def main() -> None:
             "model": name, "batch": args.batch_size, "limit_ms": round(1e3 * limit, 2), "fit_ms": round(1e3 * ours, 2),
             "plain_ms": round(1e3 * plain, 2), "fit_share_of_limit": round(share, 3),
             "share_range": [round(min(r[3] for r in rows), 3), round(max(r[3] for r in rows), 3)],
-            "times_faster_than_plain": round(gain, 2), "seconds_per_50k_epoch": round(ours * 50_000 / args.batch_size, 1),
+            "times_faster_than_plain": round(gain, 2),
+            "seconds_per_50k_epoch": round(ours * 50_000 / args.batch_size, 1),
         }))  # fmt: skip
 
 

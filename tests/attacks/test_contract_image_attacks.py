@@ -24,6 +24,8 @@ from backdoorlab.training import Context, Recipe, Task, TaskSpec
 QUICK: dict[str, dict[str, object]] = {
     "lf": {"steps": 3},
     "refool": {"pool": 6},
+    "trojannn": {"steps": 3},
+    "blind": {"threshold": 100.0},
 }
 """Settings that make an attack's own preparations short; only what the promises do not depend on."""
 

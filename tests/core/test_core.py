@@ -80,13 +80,13 @@ class TestRegistry:
     def test_two_methods_of_one_name_are_an_error(self) -> None:
         registry = self.make()
         registry.register(Toy)
-        with pytest.raises(BackdoorLabError, match="two toys are called 'toy'"):
+        with pytest.raises(BackdoorLabError, match="two toys are called"):
             registry.register(type("Other", (Toy,), {}))
 
     def test_unknown_names_get_the_nearest(self) -> None:
         registry = self.make()
         registry.register(Toy)
-        with pytest.raises(InputError, match="unknown toy 'tyo'. Did you mean 'toy'"):
+        with pytest.raises(InputError, match=r"unknown toy 'tyo'\. Did you mean 'toy'"):
             registry.get("tyo")
 
 

@@ -45,7 +45,7 @@ def test_noise_stays_in_the_box_and_raises_the_loss(badnets_digits: Backdoor, cl
     inputs, labels = model.modality.prepare(clean.inputs), clean.labels
     start = torch.rand(2, unit_count(groups), generator=torch.Generator().manual_seed(0)) * 0.8 - 0.4
     noise = adversarial_noise(model, groups, torch.ones(unit_count(groups)), inputs, labels, start, 0.4, steps)
-    assert noise.shape == start.shape and float(noise.abs().max()) <= 0.4
+    assert noise.shape == start.shape and float(noise.abs().max()) <= 0.4 + 1e-6
     assert (noise - start).abs().max() > 0.1
     with torch.no_grad():
         before = perturbed_loss(model, torch.zeros_like(start), inputs, labels)
@@ -70,7 +70,7 @@ def test_one_step_of_noise_is_the_projected_gradient_sign(badnets_digits: Backdo
 def test_pruned_channels_are_dead_and_nothing_else_changed(badnets_digits: Backdoor, clean: Split) -> None:
     model = badnets_digits.model
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    method = AdversarialNeuronPruning(iterations=20, threshold=0.9)
+    method = AdversarialNeuronPruning(iterations=20, batch_size=32, threshold=0.9)
     repaired = method.repair(model, clean, Context())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     mask = method.optimise_masks(model, clean[torch.randperm(144, generator=Context().generator("anp", "holdout"))],
@@ -92,7 +92,7 @@ def test_pruned_channels_are_dead_and_nothing_else_changed(badnets_digits: Backd
 
 
 def test_same_seed_same_masks(badnets_digits: Backdoor, clean: Split) -> None:
-    method = AdversarialNeuronPruning(iterations=3)
+    method = AdversarialNeuronPruning(iterations=3, batch_size=32)
     first, second, other = (method.optimise_masks(badnets_digits.model, clean, Context(s)) for s in (0, 0, 1))
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert first.min() >= 0 and first.max() <= 1

@@ -25,7 +25,7 @@ from backdoorlab.training import Context, Task
 from backdoorlab.training.loop import fit
 from backdoorlab.training.recipes import Recipe
 
-ANP = AdversarialNeuronPruning(iterations=200, batch_size=64)
+ANP = AdversarialNeuronPruning(iterations=100, batch_size=64, threshold=0.2)
 
 
 def train_one_channel_a_layer(model: Classifier) -> None:
@@ -49,7 +49,7 @@ def train_one_channel_a_layer(model: Classifier) -> None:
 def subnet_victim(benign_digits: Classifier, badnets_digits: Backdoor, digits_task: Task) -> Classifier:
     model = copy.deepcopy(benign_digits)
     train_one_channel_a_layer(model)
-    recipe = Recipe(epochs=10, batch_size=64, lr=0.1, weight_decay=0)
+    recipe = Recipe(epochs=20, batch_size=64, lr=0.2, weight_decay=0)
     fit(model, badnets_digits.poison.apply(digits_task.train).as_seen(), recipe, context=Context())
     clone = copy.deepcopy(benign_digits)
     clone.load_state_dict(model.state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -133,7 +134,7 @@ class TestRecipes:
         assert rates.index(max(rates)) == pytest.approx(99, abs=1)
         assert rates[0] == pytest.approx(1 / 100)
         assert rates[-1] < 0.005
-        assert all(b >= a for a, b in zip(rates[:99], rates[1:100], strict=True))
+        assert all(b >= a for a, b in itertools.pairwise(rates[:100]))
 
     def test_cosine_and_multistep(self) -> None:
         cosine = Recipe(epochs=100, schedule="cosine")

@@ -242,8 +242,8 @@ class Attack(Method):
             if not self.cap_rate or not len(pool):
                 what = f"samples of class {self.target}" if self.label_mode == "clean" else "candidates"
                 raise InputError(
-                    f"{self.name}: a poison rate of {rate:g} needs {count} of {len(pool)} {what} among {total} training "
-                    f"samples; the largest possible rate is {int(len(pool) / total * 1e4) / 1e4:g} "
+                    f"{self.name}: a poison rate of {rate:g} needs {count} of {len(pool)} {what} among {total} "
+                    f"training samples; the largest possible rate is {int(len(pool) / total * 1e4) / 1e4:g} "
                     f"(--set cap_rate=true poisons all of them)"
                 )
             ctx.reporter.note(

@@ -52,6 +52,7 @@ class Progress:
     def __init__(self) -> None:
         self._depth = 0
         self._bar: Any = None
+        self._told: set[str] = set()
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Iterate while showing how far along it is."""
@@ -70,7 +71,10 @@ class Progress:
                 self.note(f"{label}: {count} steps in {seconds:.1f} s")
 
     def note(self, text: str) -> None:
-        """Tell one line."""
+        """Tell one line, once: a grid looks up the same attack for every defense."""
+        if text in self._told:
+            return
+        self._told.add(text)
         (self._bar.console if self._bar is not None else err).print(Text(text, style="dim"), soft_wrap=True)
 
     def _open(self, label: str, total: int | None) -> Any:

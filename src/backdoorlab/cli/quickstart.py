@@ -2,7 +2,8 @@
 
 Everything runs through the benchmark's runner, so that each line of the table is a stored run like any other. The
 hyper-parameters below differ from the defaults where those are made for tens of thousands of colour photographs: the
-defender's 5 % of digits are 72 images, a single step per epoch.
+defender's 5 % of digits are 72 images, a single step per epoch. What does not work on so small a network (a pruning
+method has few channels to choose from) stays in the table: that is what a benchmark is for.
 """
 
 from __future__ import annotations
@@ -43,16 +44,16 @@ class Step:
     on_benign: bool = False
 
 
-RATE = 0.05
-"""At 0.1 half of the class "0" would be poison, and no method that looks for a minority in it could find any."""
+RATE = 0.03
+"""At 0.1 half of what is labelled "0" would be poison, and a method that looks for a minority could not find it."""
 
 STEPS = (
-    Step("ft", "repair: fine-tune on 72 clean digits", {"lr": 0.2}),
+    Step("ft", "repair: fine-tune on 72 clean digits", {"lr": 0.5, "batch_size": 64}),
     Step("anp", "repair: prune the channels that noise upsets most", {"iterations": 300}),
     Step("abl", "training: unlearn what is learnt too fast"),
     Step("ac", "data: cluster the activations, drop, train again"),
     Step("strip", "inputs: reject those whose class survives blending"),
-    Step("neural_cleanse", "model: search a small trigger for every class", {"epochs": 40}, on_benign=True),
+    Step("neural_cleanse", "model: search a small trigger for every class", {"epochs": 30}, on_benign=True),
 )
 
 
@@ -74,7 +75,7 @@ def quickstart_command(
 ) -> None:
     """Attack, repair, detect: a tour on handwritten digits, nothing to download.
 
-    A patch in the corner of one training digit in twenty teaches a model to answer 0. A defense of every kind then has
+    A patch in the corner of 3 of 100 training digits teaches a model to answer 0. A defense of every kind then has
     its turn. Ends with one table and one figure; run it again and it prints the stored results at once.
 
     Try:
@@ -95,7 +96,7 @@ def quickstart_command(
     runner = make_runner(store, device)
     clean = Experiment(task=TaskSpec(recipe=recipe), seed=seed)
     attacked = dataclasses.replace(clean, attack=MethodSpec("badnets", {"target": TARGET, "poison_rate": RATE}))
-    plan = [(clean, "trained on clean digits"), (attacked, "a white patch on 1 training digit in 20, labelled 0")]
+    plan = [(clean, "trained on clean digits"), (attacked, "a white patch on 1 training digit in 33, labelled 0")]
     for step in steps:
         for base in (attacked, clean) if step.on_benign else (attacked,):
             plan.append((dataclasses.replace(base, defense=MethodSpec(step.name, step.settings)), step.words))
@@ -169,12 +170,13 @@ def happened(card: Card) -> str:
     if m.get("tpr") is not None:
         told.append(f"finds {m['tpr']:.0%} of the patched ones, {m['fpr']:.0%} false alarms")
     if m.get("der") is not None:
-        told.append(f"the patch turns {m['asr']:.0%} into a 0")
+        effect = "no help here: the patch still turns" if m["der"] < 0.6 else "the patch now turns only"
+        told.append(f"{effect} {m['asr']:.0%} into a 0")
     return "; ".join(told) or "nothing to report"
 
 
 def _draw(runner: Runner, cards: list[Card], path: Path) -> None:
-    """Clean and triggered digits, and what the model says before and after the best repair."""
+    """Clean and triggered digits, and what the model says before and after the most effective defense."""
     from torch import Tensor
 
     from backdoorlab.attacks.trigger import stamp_all
@@ -182,8 +184,8 @@ def _draw(runner: Runner, cards: list[Card], path: Path) -> None:
     from backdoorlab.training.evaluate import predict
 
     attack = cards[1]
-    repaired = [c for c in cards[2:] if c.status == "ok" and c.metrics.get("der") is not None]
-    best = max(repaired, key=lambda c: c.metrics["der"], default=None)
+    defended = [c for c in cards[2:] if "model.safetensors" in c.digests and c.metrics["der"] is not None]
+    best = max(defended, key=lambda c: c.metrics["der"], default=None)
     task, backdoor = runner.load_backdoor(attack)
     labels = task.test.labels
     picked = [int((labels == k).nonzero()[0]) for k in range(task.num_classes) if k != TARGET][:SHOWN]
@@ -192,7 +194,7 @@ def _draw(runner: Runner, cards: list[Card], path: Path) -> None:
     assert isinstance(chosen.inputs, Tensor) and isinstance(stamped, Tensor)
     models = [("the attacked model says", backdoor.model)]
     if best is not None:
-        models.append((f"repaired by {best.spec['defense']['name']}", runner.load_model(best)))
+        models.append((f"defended by {best.spec['defense']['name']}", runner.load_model(best)))
     rows = []
     for label, images in (("test digits", chosen.inputs), ("with the patch", stamped)):
         lines = []
@@ -204,4 +206,4 @@ def _draw(runner: Runner, cards: list[Card], path: Path) -> None:
     subtitle = f"BadNets, ASR {attack.metrics['asr']:.0%}"
     if best is not None:
         subtitle += f"; {best.metrics['asr']:.0%} after {best.spec['defense']['name']}"
-    draw_rows(path, "A backdoor, and what a repair does to it", f"{subtitle}. Green: right, red: wrong.", rows)
+    draw_rows(path, "A backdoor, and what a defense does to it", f"{subtitle}. Green: right, red: wrong.", rows)

@@ -15,7 +15,21 @@ from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import complain, number, out, print_json
 from backdoorlab.core.errors import InputError
 
-_SHOWN = ("key", "dataset", "model", "attack", "defense", "seed", "status", "acc", "asr", "ra", "der", "auroc")
+_SHOWN = (
+    "key",
+    "dataset",
+    "model",
+    "attack",
+    "defense",
+    "seed",
+    "status",
+    "acc",
+    "asr",
+    "ra",
+    "der",
+    "auroc",
+    "verdict",
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -69,7 +83,7 @@ def results_command(
     elif grouped:
         _print_table(rows, tuple(rows[0]), f"mean {metric or 'asr'} over seeds, 95 % bootstrap interval")
     else:
-        used = tuple(c for c in _SHOWN if any(row.get(c) is not None for row in rows))
+        used = tuple(c for c in _SHOWN if any(row.get(c) not in (None, "ok") for row in rows))
         _print_table(rows, used, None)
 
 
@@ -85,7 +99,8 @@ def _print_table(rows: list[dict[str, Any]], columns: tuple[str, ...], title: st
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left")
     for column in columns:
         numeric = any(isinstance(row.get(column), (int, float)) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", style="cyan" if column == "key" else "")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=column in ("key", "defense", "attack"),
+                         style="cyan" if column == "key" else "")  # fmt: skip
     for row in rows:
         table.add_row(*(Text(str(row["key"])[:8] if c == "key" else number(row.get(c))) for c in columns))
     out.print(table)

@@ -1,7 +1,7 @@
 """Contracts of defenses, by stage. The life of a run (seed, time, memory, measuring) is written outside of them.
 
-No defense ever receives triggered test data, roles or true labels of poisoned samples; a threshold or stopping rule uses
-clean validation data. Where a paper's own rule looks at triggered test data, it is not offered.
+No defense ever receives triggered test data, roles or true labels of poisoned samples; a threshold or stopping rule
+uses clean validation data. Where a paper's own rule looks at triggered test data, it is not offered.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ Gu, Liu, Dolan-Gavitt, Garg, "BadNets", IEEE Access 2019 (arXiv 1708.06733), car
 Four samples last 0.25 ms at 16 kHz; the spectrum is that of a click, flat over all mel bands.
 
 Choices: at least four samples, and more above 16 kHz, so that the click never gets shorter than 0.25 ms. Delay
-augmentation (the only shift that the audio modality makes) moves a click at the start or in the middle with the clip and
-never removes it; one at the very end it pushes out of most poisoned training clips.
+augmentation (the only shift that the audio modality makes) moves a click at the start or in the middle with the clip
+and never removes it; one at the very end it pushes out of most poisoned training clips.
 """
 
 from __future__ import annotations

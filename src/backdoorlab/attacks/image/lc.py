@@ -1,0 +1,161 @@
+"""LC: target-class images made hard to recognise, so that the network has to rely on the patch.
+
+Turner, Tsipras, Madry, "Label-Consistent Backdoor Attacks", 2019 (arXiv 1912.02771).
+
+Chosen images of the target class are perturbed adversarially on a surrogate g, without random start,
+
+    x <- clip(x + a sign(grad CE(g(x), y))),   |x - x0| <= eps,
+
+then a 3x3 pattern of +-A grey levels is added in all four corners; their label stays true. At test time the pattern
+alone is added to an unperturbed image:
+
+    T(x) = clip(x + P)
+
+The pattern's rows are (+--), (-+-), (+-+) in the left corners and mirrored in the right ones, so that flipping an image
+leaves it as it is.
+
+Choices: g is trained adversarially on the task's data, architecture and recipe, with one signed step from a random
+start (fast, and robust enough that perturbations look like other classes); ``surrogate="clean"`` takes an ordinary one.
+It is made once per task and shared by all runs. Only chosen images are perturbed. The pattern is drawn at the image's
+resolution, 3 px at 32 px and 6 at 64, not less than 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backdoorlab.attacks.base import PoisoningAttack, attacks
+from backdoorlab.attacks.pixels import AdditiveTrigger
+from backdoorlab.attacks.surrogate import clean_surrogate, surrogate_spec
+from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.core.errors import InputError
+from backdoorlab.core.method import param
+from backdoorlab.core.seeding import spawn
+from backdoorlab.data.split import Inputs
+from backdoorlab.modalities.filters import expect_images
+from backdoorlab.modalities.image import to_uint8
+from backdoorlab.models.anatomy import frozen
+from backdoorlab.models.classifier import Classifier
+from backdoorlab.training.context import Context, Tensors
+from backdoorlab.training.task import Task
+
+CORNER = ((1, -1, -1), (-1, 1, -1), (1, -1, 1))
+"""The pattern in the left corners."""
+
+
+def draw_corners(channels: int, height: int, width: int, amplitude: float) -> Tensor:
+    """The pattern in grey levels: float32 [channels, height, width].
+
+    Raises:
+        InputError: if the corners overlap.
+    """
+    times = max(1, round(min(height, width) / 32))
+    cells = amplitude * torch.tensor(CORNER, dtype=torch.float32).repeat_interleave(times, 0).repeat_interleave(times, 1)
+    side = len(cells)
+    if 2 * side > min(height, width):
+        raise InputError(f"lc: corners of {side} px overlap in an image of {height}x{width}")
+    canvas = torch.zeros(height, width)
+    for rows in (slice(0, side), slice(height - side, height)):
+        canvas[rows, :side], canvas[rows, width - side :] = cells, cells.flip(1)
+    return canvas.repeat(channels, 1, 1)
+
+
+def ascend(model: Classifier, inputs: Tensor, start: Tensor, labels: Tensor, eps: float, step: float) -> Tensor:
+    """One signed step up the loss, back into the box around ``inputs`` and into [0, 1]."""
+    start = start.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(start), labels), start)
+    moved = start.detach() + step * gradient.sign()
+    return torch.minimum(torch.maximum(moved, inputs - eps), inputs + eps).clamp(0, 1)
+
+
+def perturb(
+    model: Classifier, images: Tensor, labels: Tensor, eps: float, step: float, steps: int, ctx: Context
+) -> Tensor:
+    """Untargeted projected gradient ascent without random start.
+
+    Args:
+        model: the surrogate; evaluated, unchanged.
+        images: uint8 [N,C,H,W].
+        labels: int64 [N].
+        eps: largest change, in grey levels.
+        step: of each iteration, in grey levels.
+        steps: iterations.
+        ctx: device, progress.
+
+    Returns:
+        uint8 [N,C,H,W] on the CPU.
+    """
+    parts = []
+    with frozen(model):
+        for rows in ctx.track(torch.arange(len(images)).split(512), "lc: perturbing images"):
+            inputs = model.modality.prepare(images[rows].to(ctx.device))
+            wanted, found = labels[rows].to(ctx.device), inputs
+            for _ in range(steps):
+                found = ascend(model, inputs, found, wanted, eps / 255, step / 255)
+            parts.append(to_uint8(255 * found).cpu())
+    return torch.cat(parts)
+
+
+def robust_surrogate(task: Task, eps: float, ctx: Context) -> Classifier:
+    """A classifier trained on single-step adversarial samples (random start, step 1.25 eps), shared by all runs."""
+
+    def build(own: Context) -> Tensors:
+        seed = spawn(own.generator("random start"))
+        generator = torch.Generator(device=own.device).manual_seed(seed)
+
+        def objective(model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+            noise = torch.rand(inputs.shape, generator=generator, device=inputs.device) * 2 - 1
+            start = (inputs + eps / 255 * noise).clamp(0, 1)
+            with frozen(model):
+                hard = ascend(model, inputs, start, labels, eps / 255, 1.25 * eps / 255)
+            return F.cross_entropy(model(hard), labels)
+
+        model, _ = task.fit(task.train, own, objective=objective, label="training a robust surrogate")
+        return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+
+    spec: dict[str, Any] = {"surrogate": surrogate_spec(task), "eps": eps}
+    weights = ctx.asset("robust-surrogate", spec, build)
+    model = task.build_model(ctx)
+    model.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
+    return model.eval().requires_grad_(False)
+
+
+@attacks.register
+@dataclass(frozen=True, kw_only=True)
+class Lc(PoisoningAttack):
+    """Corner patterns on adversarially perturbed images of the target class."""
+
+    name: ClassVar[str] = "lc"
+    paper: ClassVar[str] = "Turner et al., Label-Consistent Backdoor Attacks, 2019, arXiv 1912.02771"
+    year: ClassVar[int] = 2019
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    trigger_visibility: ClassVar[str] = "visible"
+    label_mode: ClassVar[str] = "clean"
+    needs_surrogate: ClassVar[bool] = True
+
+    amplitude: float = param(255.0, "of the corner pattern, in grey levels", above=0, high=255, source="BackdoorBench")
+    eps: float = param(8.0, "largest adversarial change, in grey levels", low=0, high=255, source="BackdoorBench")
+    step: float = param(1.5, "adversarial step, in grey levels", above=0, source="BackdoorBench")
+    steps: int = param(100, "adversarial steps", low=0, source="BackdoorBench")
+    surrogate: str = param(
+        "robust", "trained adversarially or ordinarily", choices=("robust", "clean"), source="BackdoorBench"
+    )
+    surrogate_eps: float = param(8.0, "strength of adversarial training, in grey levels", above=0, source="ours")
+
+    def make_trigger(self, task: Task, ctx: Context) -> AdditiveTrigger:
+        """The corners."""
+        return AdditiveTrigger(draw_corners(*expect_images(task.train.inputs).shape[1:], self.amplitude))
+
+    def poison_inputs(self, trigger: Trigger, inputs: Inputs, indices: Tensor, task: Task, ctx: Context) -> Inputs:
+        """Perturb, then add the corners."""
+        if self.steps and self.eps:
+            robust = self.surrogate == "robust"
+            model = robust_surrogate(task, self.surrogate_eps, ctx) if robust else clean_surrogate(task, ctx)
+            labels = task.train.labels[indices]
+            inputs = perturb(model, expect_images(inputs), labels, self.eps, self.step, self.steps, ctx)
+        return trigger(inputs)
