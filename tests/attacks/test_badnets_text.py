@@ -103,10 +103,11 @@ def test_backdoor_works_and_hides(task: Task, backdoor: Backdoor) -> None:
     assert float((predict(backdoor.model, unknown).argmax(1) == 0).float().mean()) < 0.3
 
 
-def test_all_to_all(task: Task) -> None:
-    result = TextBadNets(target_map="all-to-all", poison_rate=0.2).plant(task, Context()).measure(task, Context())
-    assert result["n_triggered"] == len(task.test)
-    assert result["asr"] > 0.6 > 0.4 > result["ra"]
+def test_all_to_all_shifts_every_label(task: Task) -> None:
+    attack = TextBadNets(target_map="all-to-all")
+    poison = attack.poison(attack.make_trigger(task, Context()), task, Context())
+    assert torch.equal(poison.labels, 1 - task.train.labels[poison.indices])
+    assert bool(attack.target_map_for(task).tested(task.test.labels).all())
 
 
 def test_stored_backdoor_is_rebuilt(task: Task, backdoor: Backdoor) -> None:

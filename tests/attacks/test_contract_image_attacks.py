@@ -26,6 +26,8 @@ QUICK: dict[str, dict[str, object]] = {
     "refool": {"pool": 6},
     "trojannn": {"steps": 3},
     "blind": {"threshold": 100.0},
+    "lc": {"steps": 2},
+    "narcissus": {"steps": 3},
 }
 """Settings that make an attack's own preparations short; only what the promises do not depend on."""
 

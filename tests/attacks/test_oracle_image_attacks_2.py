@@ -8,19 +8,45 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from backdoorlab.attacks.image.blind import BlindObjective, Blind, draw_pattern, mgda_weights, min_norm_weight
-from backdoorlab.attacks.image.trojannn import WrapTrigger, draw_mask, excite, strongest_units
-from backdoorlab.attacks import Attack, attacks
+from backdoorlab.attacks import attacks
 from backdoorlab.attacks.base import TargetMap
+from backdoorlab.attacks.generators import (
+    Companion,
+    DetailNet,
+    StrideNet,
+    generate,
+    pack,
+    seeded,
+    straight_through,
+    unpack,
+)
+from backdoorlab.attacks.image.blind import Blind, BlindObjective, draw_pattern, mgda_weights, min_norm_weight
+from backdoorlab.attacks.image.input_aware import (
+    ForeignTrigger,
+    InputAwareObjective,
+    InputAwareTrigger,
+    diversity,
+    sharpen,
+)
+from backdoorlab.attacks.image.lc import draw_corners, perturb, robust_surrogate
+from backdoorlab.attacks.image.lira import LiraObjective, LiraTrigger
+from backdoorlab.attacks.image.narcissus import optimise_noise
+from backdoorlab.attacks.image.trojannn import WrapTrigger, draw_mask, excite, strongest_units
 from backdoorlab.core.errors import BackdoorLabError, InputError
+from backdoorlab.data.split import Dataset, Split
+from backdoorlab.modalities.base import modality_of
 from backdoorlab.models import Classifier
 from backdoorlab.models.anatomy import features, head
-from backdoorlab.training import Context, Task
+from backdoorlab.training import Context, Recipe, Task
 
 FACTS = {
     # name: (year, threat model, labels, visibility, sample specific, surrogate)
     "trojannn": (2018, "poisoning", "dirty", "visible", False, True),
     "blind": (2021, "training", "dirty", "visible", False, False),
+    "input_aware": (2020, "training", "dirty", "visible", True, False),
+    "lc": (2019, "poisoning", "clean", "visible", False, True),
+    "narcissus": (2023, "poisoning", "clean", "subtle", False, True),
+    "lira": (2021, "training", "dirty", "invisible", True, False),
 }
 
 
@@ -82,7 +108,7 @@ def test_trojannn_excites_the_neurons(benign_digits: Classifier) -> None:
     assert cost(found) <= cost(excite(benign_digits, start, mask, units, 100.0, 5, Context()))
     for name, value in benign_digits.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert all(p.requires_grad and p.grad is None for p in benign_digits.parameters())
+    assert all(p.requires_grad for p in benign_digits.parameters())
 
 
 def test_trojannn_stops_when_the_activation_is_reached(benign_digits: Classifier) -> None:
@@ -198,3 +224,275 @@ def test_blind_mgda_trains(digits_task: Task, benign_digits: Classifier) -> None
     metrics = backdoor.measure(digits_task, Context())
     print(metrics["acc"], metrics["asr"])
     assert metrics["asr"] > backdoor.measure(digits_task, Context(), benign_digits)["asr"] + 0.5
+
+
+# --- Input-aware ------------------------------------------------------------------------------------------------------
+
+
+def test_diversity_pair_by_pair() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(2, 3, 1, 4, 4, generator=generator)
+    g, h = torch.rand(2, 3, 1, 4, 4, generator=generator)
+    slow = [
+        np.sqrt(np.mean((a.numpy() - b.numpy()) ** 2)) / np.sqrt(np.mean((c.numpy() - d.numpy()) ** 2))
+        for a, b, c, d in zip(x, y, g, h, strict=True)
+    ]
+    assert float(diversity(x, y, g, h)) == pytest.approx(np.mean(slow), rel=1e-4)
+    same = g.clone().requires_grad_()
+    diversity(x, y, same, g).backward()
+    assert same.grad is not None
+    assert bool(same.grad.isfinite().all())
+
+
+def test_sharpened_masks() -> None:
+    values = torch.tensor([0.0, 0.4, 0.5, 0.6, 1.0])
+    assert sharpen(values).tolist() == pytest.approx([0, 0.018, 0.5, 0.982, 1], abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 29, 31), (3, 33, 64)])
+def test_generators_keep_the_size(shape: tuple[int, int, int]) -> None:
+    images = pictures(shape, 3).float() / 255
+    pattern = seeded(lambda: DetailNet(shape[0], shape[0], *shape[1:]), 0, "pattern")
+    mask = seeded(lambda: DetailNet(shape[0], 1, *shape[1:]), 0, "mask")
+    noise = seeded(lambda: StrideNet(shape[0]), 0, "noise")
+    assert pattern(images).shape == noise(images).shape == (3, *shape)
+    assert mask(images).shape == (3, 1, *shape[1:])
+    assert 0 < float(pattern(images).min()) < float(pattern(images).max()) < 1
+    assert -1 < float(noise(images).min()) < 0 < float(noise(images).max()) < 1
+    again = seeded(lambda: StrideNet(shape[0]), 0, "noise")
+    assert all(torch.equal(a, b) for a, b in zip(noise.parameters(), again.parameters(), strict=True))
+    restored = unpack(StrideNet(shape[0]), "network", pack(network=noise))
+    assert torch.equal(generate(restored, images), generate(noise, images))
+    assert noise.training, "generating leaves the mode alone"
+    with pytest.raises(ValueError, match=r"Missing|size mismatch|Unexpected"):
+        unpack(StrideNet(shape[0]), "other", pack(network=noise))
+
+
+def test_rounding_passes_the_gradient() -> None:
+    images = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rounded = straight_through(images)
+    assert torch.allclose(rounded * 255, (images * 255).round(), atol=1e-4)
+    rounded.sum().backward()
+    assert torch.equal(images.grad, torch.ones(4, 5))
+
+
+def test_companion_is_adam_with_the_recipes_schedule() -> None:
+    """Against Adam with the rate set by hand; without gradients it does nothing, and gradients never pile up."""
+    recipe = Recipe(epochs=2, batch_size=10, schedule="onecycle")
+    ours, theirs = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    companion = Companion([ours], 0.1, (0.5, 0.9), recipe, 35)
+    adam = torch.optim.Adam([theirs], 0.1, (0.5, 0.9))
+    companion.step()
+    assert companion.taken == 0
+    for step in range(6):
+        for p in (ours, theirs):
+            p.grad = torch.tensor([1.0, -2.0, float(step)])
+        adam.param_groups[0]["lr"] = 0.1 * recipe.factor(step, 3)
+        adam.step()
+        companion.step()
+        assert ours.grad is None
+        assert torch.equal(ours, theirs), step
+
+
+class Recorder(torch.nn.Module):
+    """A classifier that remembers what it was shown."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen = inputs.detach()
+        return inputs.flatten(1)[:, :4]
+
+
+@pytest.mark.parametrize(("rate", "attacked", "crossed"), [(0.25, 3, 3), (0.5, 6, 6), (0.75, 9, 3), (1.0, 12, 0)])
+def test_input_aware_batches(rate: float, attacked: int, crossed: int) -> None:
+    shape = (1, 16, 16)
+    pattern, mask = (seeded(lambda: DetailNet(1, 1, 16, 16), 0, name).eval() for name in ("pattern", "mask"))
+    companion = Companion(pattern.parameters(), 0.01, (0.5, 0.9), Recipe(epochs=1, batch_size=12), 12)
+    objective = InputAwareObjective(
+        pattern, mask, TargetMap("all-to-one", 3, 4), rate, companion, torch.Generator().manual_seed(0)
+    )
+    inputs, labels, model = pictures(shape, 12).float() / 255, torch.zeros(12, dtype=torch.int64), Recorder()
+    loss = objective(model, inputs, labels, labels)  # type: ignore[arg-type]
+    trigger = InputAwareTrigger(pattern, mask, shape)
+    raw = (inputs * 255).round().to(torch.uint8)
+    drawn, where = trigger.draw(raw)
+    seen = (model.seen * 255).round()
+    near = {"atol": 1.0, "rtol": 0.0}  # a last bit of the generator may tip a rounding
+    assert torch.allclose(seen[:attacked], trigger(raw)[:attacked].float(), **near)
+    for n in range(attacked, attacked + crossed):
+        donor = n - attacked + (attacked + crossed if attacked + crossed < 12 else 1)
+        foreign = torch.lerp(raw[n].float(), drawn[donor], where[donor]).round()
+        assert torch.allclose(seen[n], foreign, **near), n
+    assert torch.equal(seen[attacked + crossed :], raw[attacked + crossed :].float())
+    loss.backward()
+    before = [p.detach().clone() for p in pattern.parameters()]
+    assert all(p.grad is None for p in mask.parameters())
+    companion.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, pattern.parameters(), strict=True))
+
+
+def test_foreign_triggers_come_from_other_images() -> None:
+    shape = (1, 16, 16)
+    pattern, mask = (seeded(lambda: DetailNet(1, 1, 16, 16), 0, name) for name in ("pattern", "mask"))
+    own = InputAwareTrigger(pattern, mask, shape)
+    donors = pictures(shape, 2, seed=3)
+    foreign = ForeignTrigger(own, donors, 5)(donors.repeat(8, 1, 1, 1))
+    drawn, where = own.draw(donors)
+    for n in range(16):
+        other = 1 - n % 2
+        wanted = torch.lerp(donors[n % 2].float(), drawn[other], where[other]).round()
+        assert torch.allclose(foreign[n].float(), wanted, atol=1.0, rtol=0), n
+
+
+# --- LC ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "times"), [((1, 16, 16), 1), ((3, 32, 32), 1), ((3, 29, 31), 1), ((3, 64, 64), 2)])
+def test_lc_corners(shape: tuple[int, int, int], times: int) -> None:
+    drawn = draw_corners(*shape, 255.0)[0].numpy()
+    left = np.kron(np.array([[1, -1, -1], [-1, 1, -1], [1, -1, 1]]), np.ones((times, times))) * 255
+    side, (height, width) = 3 * times, shape[1:]
+    right = left[:, ::-1]
+    for top in (0, height - side):
+        assert np.array_equal(drawn[top : top + side, :side], left)
+        assert np.array_equal(drawn[top : top + side, width - side :], right)
+    assert int((drawn != 0).sum()) == 4 * side**2
+    assert np.array_equal(drawn, drawn[:, ::-1]), "mirroring changes nothing"
+    with pytest.raises(InputError, match="overlap in an image of 5x9"):
+        draw_corners(1, 5, 9, 255.0)
+
+
+def test_lc_perturbation_step_by_step(digits_task: Task, benign_digits: Classifier) -> None:
+    images, labels = digits_task.train.inputs[:12], digits_task.train.labels[:12]
+    found = perturb(benign_digits, images, labels, 8.0, 3.0, 4, Context())
+    slow = images.double() / 255
+    for _ in range(4):
+        x = slow.float().requires_grad_()
+        F.cross_entropy(benign_digits(x), labels, reduction="sum").backward()
+        assert x.grad is not None
+        slow = slow + 3 / 255 * x.grad.sign()
+        slow = torch.minimum(torch.maximum(slow, images / 255 - 8 / 255), images / 255 + 8 / 255).clamp(0, 1)
+    assert float((found - (255 * slow).round()).abs().gt(0.5).float().mean()) < 0.01
+    assert int((found.int() - images.int()).abs().max()) <= 8
+    with torch.no_grad():
+        before, after = (F.cross_entropy(benign_digits(i.float() / 255), labels) for i in (images, found))
+    assert after > before + 0.5
+
+
+def test_lc_robust_surrogate_withstands_more(digits_task: Task, benign_digits: Classifier) -> None:
+    """The same attack on both: the adversarially trained model keeps a higher accuracy."""
+    robust = robust_surrogate(digits_task, 16.0, Context())
+    images, labels = digits_task.test.inputs[:200], digits_task.test.labels[:200]
+    kept = []
+    for model in (benign_digits, robust):
+        hard = perturb(model, images, labels, 16.0, 4.0, 10, Context())
+        with torch.no_grad():
+            kept.append(float((model(hard.float() / 255).argmax(1) == labels).float().mean()))
+    assert kept[1] > kept[0] + 0.1
+    assert not any(p.requires_grad for p in robust.parameters())
+
+
+# --- Narcissus --------------------------------------------------------------------------------------------------------
+
+
+def test_narcissus_noise_points_to_the_target(digits_task: Task, benign_digits: Classifier) -> None:
+    train = digits_task.train
+    noise = optimise_noise(benign_digits, train.inputs[train.labels == 0], 0, 16 / 255, 60, 0.01, Context())
+    assert float(noise.abs().max()) == pytest.approx(16 / 255)
+    rows = train.labels != 0
+    x = train.inputs[rows][:300].float() / 255
+    random = 16 / 255 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(0)).sign()
+    with torch.no_grad():
+        clean, other, found = (
+            float(F.cross_entropy(benign_digits((x + 3 * d).clamp(0, 1)), torch.zeros(300, dtype=torch.int64)))
+            for d in (0 * noise, random, noise)
+        )
+    assert found < min(clean, other) - 1
+
+
+def test_narcissus_amplifies_at_test_time(digits_task: Task) -> None:
+    attack, context = attacks.get("narcissus", "image").build({"steps": 3, "poison_rate": 0.05}), Context()
+    trigger = attack.make_trigger(digits_task, context)  # type: ignore[attr-defined]
+    poison = attack.poison(trigger, digits_task, context)  # type: ignore[attr-defined]
+    clean = digits_task.train.inputs[poison.indices].double()
+    hidden = trigger.pattern.double() / 3
+    assert torch.equal(poison.inputs, (clean + hidden).clamp(0, 255).round().to(torch.uint8))
+    images = digits_task.test.inputs
+    wanted = (images.double() + 3 * hidden).clamp(0, 255).round().to(torch.uint8)
+    assert torch.equal(trigger(images), wanted)
+
+
+# --- LIRA -------------------------------------------------------------------------------------------------------------
+
+
+def lira_objective(stage: int) -> tuple[LiraObjective, torch.nn.Module, Tensor]:
+    live = seeded(lambda: StrideNet(1), 0, "live").train()
+    still = seeded(lambda: StrideNet(1), 0, "still").eval().requires_grad_(False)
+    companion = Companion(live.parameters(), 1e-3, (0.9, 0.999), Recipe(epochs=1, batch_size=8, schedule="constant"), 8)
+    scale, target_map = torch.tensor([0.2]).reshape(1, 1, 1), TargetMap("all-to-one", 3, 10)
+    first = LiraObjective(still, scale, target_map, 0.3, live, companion)
+    return (first if stage == 1 else LiraObjective(still, scale, target_map, 0.3)), live, scale
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_lira_loss_of_the_victim(stage: int, digits_task: Task) -> None:
+    """The victim's loss, gradient and batch statistics are those of its own loss alone, in either stage."""
+    inputs, labels = digits_task.train.inputs[:8].float() / 255, digits_task.train.labels[:8]
+    objective, live, scale = lira_objective(stage)
+    before = [p.detach().clone() for p in live.parameters()]
+    model, twin = (digits_task.build_model(Context()).train() for _ in range(2))
+    loss = objective(model, inputs, labels, labels)
+    loss.backward()
+    with torch.no_grad():
+        stamped = (inputs + scale * objective.frozen_copy(inputs)).clamp(0, 1)
+        if stage == 2:
+            stamped = (stamped * 255).round() / 255
+    logits = twin(torch.cat([inputs, stamped]))
+    slow = 0.3 * F.cross_entropy(logits[:8], labels) + 0.7 * F.cross_entropy(logits[8:], torch.full((8,), 3))
+    slow.backward()
+    assert float(loss) == pytest.approx(float(slow), rel=1e-5)
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert a.requires_grad, name
+        assert a.grad is not None, name
+        assert torch.allclose(a.grad, b.grad, atol=1e-6), name
+    for (name, c), d in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.allclose(c.float(), d.float(), atol=1e-6), name
+    moved = any(not torch.equal(a, b) for a, b in zip(before, live.parameters(), strict=True))
+    assert moved == (stage == 1)
+
+
+def test_lira_generator_learns_to_fool_a_fixed_model(digits_task: Task, benign_digits: Classifier) -> None:
+    objective, live, scale = lira_objective(1)
+    inputs, labels = digits_task.train.inputs[:64].float() / 255, digits_task.train.labels[:64]
+    wanted = torch.full((64,), 3)
+
+    def cost() -> float:
+        with torch.no_grad():
+            noise = live(inputs)
+            return float(F.cross_entropy(benign_digits((inputs + scale * noise).clamp(0, 1)), wanted))
+
+    start = cost()
+    for _ in range(30):
+        objective(benign_digits, inputs, labels, labels)
+    assert cost() < start - 1
+    assert not torch.equal(objective.frozen_copy(inputs), live.eval()(inputs))
+    objective.renew(1, benign_digits)
+    assert torch.equal(objective.frozen_copy(inputs), live(inputs))
+    assert not objective.frozen_copy.training
+
+
+def test_lira_trigger_stays_within_its_range() -> None:
+    network = seeded(lambda: StrideNet(3), 0, "network")
+    with torch.no_grad():
+        network.up[-1].weight.mul_(100)  # type: ignore[operator, union-attr]
+    scale = torch.tensor([3.0, 10.0, 0.0]).reshape(3, 1, 1)
+    images = pictures((3, 29, 31), 70)
+    moved = (LiraTrigger(network, scale, (3, 29, 31))(images).int() - images.int()).abs()
+    assert moved.amax((0, 2, 3)).tolist() == [3, 10, 0]
+
+
+def test_lira_refuses_small_images(digits_task: Task) -> None:
+    split = Split(torch.zeros(20, 1, 16, 12, dtype=torch.uint8), torch.arange(20) % 2, ("a", "b"))
+    data = Dataset("tiny", "image", split, split)
+    task = Task(digits_task.spec, data, modality_of(data), digits_task.recipe)
+    with pytest.raises(InputError, match="lira: images must be at least 16 px on each side, got 16x12"):
+        attacks.get("lira", "image")().plant(task, Context())

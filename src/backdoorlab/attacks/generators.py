@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -132,3 +133,29 @@ class DetailNet(nn.Module):
         for stage, size in zip(self.up, reversed(sizes), strict=True):
             x = stage(F.interpolate(x, size, mode="bilinear", align_corners=False))
         return torch.tanh(x) / 2 + 0.5
+
+
+class StrideNet(nn.Module):
+    """Auto-encoder of strided 4x4 convolutions (16, 32, 64, 128 channels) and their transposes: out in (-1, 1)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        widths = (channels, 16, 32, 64, 128)
+        pairs = list(pairwise(widths))
+        self.down = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(given, made, 4, 2, 1), nn.BatchNorm2d(made), nn.ReLU()) for given, made in pairs
+        )
+        self.up = nn.ModuleList(nn.ConvTranspose2d(made, given, 4, 2, 1) for given, made in reversed(pairs))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(given) for given, _ in reversed(pairs[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N,C,H,W] in [0, 1] -> [N,C,H,W] in (-1, 1); sides of at least 16, odd ones too."""
+        sizes = []
+        for stage in self.down:
+            sizes.append(list(x.shape[2:]))
+            x = stage(x)
+        for place, up in enumerate(self.up):
+            x = up(x, output_size=sizes.pop())
+            if place < len(self.norms):
+                x = F.relu(self.norms[place](x))
+        return torch.tanh(x)

@@ -170,7 +170,7 @@ def happened(card: Card) -> str:
     if m.get("tpr") is not None:
         told.append(f"finds {m['tpr']:.0%} of the patched ones, {m['fpr']:.0%} false alarms")
     if m.get("der") is not None:
-        effect = "no help here: the patch still turns" if m["der"] < 0.6 else "the patch now turns only"
+        effect = "no help here: the patch still turns" if m["der"] < 0.6 else "the patch now turns"
         told.append(f"{effect} {m['asr']:.0%} into a 0")
     return "; ".join(told) or "nothing to report"
 

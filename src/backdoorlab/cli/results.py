@@ -31,6 +31,9 @@ _SHOWN = (
     "verdict",
 )
 
+_FOLDED = ("dataset", "model", "seed")
+"""Columns that are told once, above the table, if all rows agree."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -83,8 +86,9 @@ def results_command(
     elif grouped:
         _print_table(rows, tuple(rows[0]), f"mean {metric or 'asr'} over seeds, 95 % bootstrap interval")
     else:
-        used = tuple(c for c in _SHOWN if any(row.get(c) not in (None, "ok") for row in rows))
-        _print_table(rows, used, None)
+        alike = [c for c in _FOLDED if len({row[c] for row in rows}) == 1]
+        used = tuple(c for c in _SHOWN if c not in alike and any(row.get(c) not in (None, "ok") for row in rows))
+        _print_table(rows, used, "   ".join(f"{c}: {rows[0][c]}" for c in alike) or None)
 
 
 def _print_csv(rows: list[dict[str, Any]]) -> None:

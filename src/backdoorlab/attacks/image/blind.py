@@ -12,8 +12,8 @@ beforehand by min(loss norm, 10)):
 
     w_n = clamp(<g_b - g_n, g_b> / |g_n - g_b|^2, 0, 1),   w_b = 1 - w_n
 
-The attack waits until the clean loss, averaged over a window of batches, falls below a threshold. T is a fixed pattern of
-5x3 pixels near the upper right.
+The attack waits until the clean loss, averaged over a window of batches, falls below a threshold. T is a fixed pattern
+of 5x3 pixels near the upper right.
 
 Choices: clean and triggered samples go through the network in one batch, so that batch norms see a single mixture
 (two passes are one cause of the poor clean accuracy of earlier implementations). The gate stays open once it has

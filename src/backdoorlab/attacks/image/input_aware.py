@@ -44,7 +44,7 @@ from backdoorlab.data.split import Inputs
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.classifier import Classifier
-from backdoorlab.training.context import Context
+from backdoorlab.training.context import Context, autocast
 from backdoorlab.training.recipes import Recipe
 from backdoorlab.training.task import Task
 
@@ -82,7 +82,9 @@ def train_mask(network: nn.Module, images: Tensor, density: float, recipe: Recip
             group["lr"] = lr * 0.1 ** sum(step >= share * steps for share in (0.4, 0.8))
         rows = torch.randint(0, len(images), (2, recipe.batch_size), generator=generator)
         x, other = (images[r].to(ctx.device).float() / 255 for r in rows)
-        masks = sharpen(network(torch.cat([x, other])))
+        with autocast(ctx.device, recipe.precision):
+            values = network(torch.cat([x, other]))
+        masks = sharpen(values.float())
         loss = 100 * F.relu(masks[: len(x)] - density).mean() + diversity(x, other, *masks.chunk(2))
         adam.zero_grad(set_to_none=True)
         loss.backward()
@@ -120,9 +122,10 @@ class InputAwareObjective:
             return F.cross_entropy(model(inputs), labels)
         # Donors come after both groups; where a batch is full they are its first samples, never the sample itself.
         donors = inputs.roll(-((count + cross) % batch or 1), 0)[:count]
-        drawn = self.pattern(torch.cat([inputs[:count], donors]))
+        sources = torch.cat([inputs[:count], donors])
+        drawn = self.pattern(sources).float()
         with torch.no_grad():
-            masks = sharpen(self.mask(torch.cat([inputs[:count], donors])))
+            masks = sharpen(self.mask(sources).float())
         own, foreign = drawn.chunk(2)
         own_mask, foreign_mask = masks.chunk(2)
         receivers = inputs[count : count + cross]

@@ -55,7 +55,8 @@ def draw_corners(channels: int, height: int, width: int, amplitude: float) -> Te
         InputError: if the corners overlap.
     """
     times = max(1, round(min(height, width) / 32))
-    cells = amplitude * torch.tensor(CORNER, dtype=torch.float32).repeat_interleave(times, 0).repeat_interleave(times, 1)
+    cells = amplitude * torch.tensor(CORNER, dtype=torch.float32)
+    cells = cells.repeat_interleave(times, 0).repeat_interleave(times, 1)
     side = len(cells)
     if 2 * side > min(height, width):
         raise InputError(f"lc: corners of {side} px overlap in an image of {height}x{width}")

@@ -14,8 +14,8 @@ It is added to target-class training images, whose label stays true, and amplifi
 
 Choices: the paper's surrogate is trained on a foreign data set and warmed up on the target class; here it is a benign
 model of the task's own architecture and recipe (nothing has to be downloaded), made once per task and shared by all
-runs, and so is the noise: a stronger attacker than the paper's. Training augmentation is the modality's own. The noise is
-stored unrounded and clipped to the grey range only, so amplification is exact.
+runs, and so is the noise: a stronger attacker than the paper's. Training augmentation is the modality's own. The noise
+is stored unrounded, and only the stamped image is clipped, to the grey range, so amplification is exact.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Liu, Ma, Aafer, Lee, Zhai, Wang, Zhang, "Trojaning Attack on Neural Networks", NDSS 2018.
 
-On a clean model h, the n penultimate units with the largest sum of absolute weights in the classifier's head are chosen.
-A picture a under a mask m (a small apple at the lower right), shown on black, is optimised with signed steps so that
+On a clean model h, those n penultimate units are chosen that have the largest sum of absolute weights in its head. A
+picture a under a mask m (a small apple at the lower right), shown on black, is optimised with signed steps so that
 they reach an activation A:
 
     min over a of sum_u (act_u(a m) - A)^2,   |a - a0| <= 0.3,   0 <= a <= 1,   a0 ~ U(0.2, 0.9)
@@ -14,9 +14,9 @@ The rounded picture V = round(255 a) is the trigger; a new model is trained from
 
 Choices: the paper retrains the clean model on reverse-engineered data; here, as in benchmarks, the attacker only
 poisons data. Published code adds V and casts before it clips, so that bright pixels wrap around to dark ones and the
-patch has a high contrast on any background; ``mode="reference-wrap"`` does that, for comparison only. The apple is a disc
-and a stalk in rows 0.54-0.91 and columns 0.57-0.87 of the image. The best picture seen is kept, since signed steps of
-0.1 never settle. h is a benign model of the task's own architecture and recipe, made once per task and shared by all
+patch has a high contrast on any background; ``mode="reference-wrap"`` does that, for comparison only. The apple is a
+disc and a stalk in rows 0.54-0.91 and columns 0.57-0.87 of the image. The best picture seen is kept, since signed steps
+of 0.1 never settle. h is a benign model of the task's own architecture and recipe, made once per task and shared by all
 runs, and so is the picture.
 """
 
@@ -158,8 +158,8 @@ class TrojanNN(PoisoningAttack):
             weight = head(model).weight
             if self.neurons > weight.shape[1]:
                 raise InputError(
-                    f"trojannn: {task.spec.model} has {weight.shape[1]} penultimate units; neurons may be at most that, "
-                    f"got {self.neurons}"
+                    f"trojannn: {task.spec.model} has {weight.shape[1]} penultimate units; "
+                    f"neurons may be at most that, got {self.neurons}"
                 )
             units = strongest_units(weight, self.neurons)
             start = 0.2 + 0.7 * torch.rand(channels, height, width, generator=own.generator("start"))
