@@ -257,15 +257,16 @@ def test_generators_keep_the_size(shape: tuple[int, int, int]) -> None:
     noise = seeded(lambda: StrideNet(shape[0]), 0, "noise")
     assert pattern(images).shape == noise(images).shape == (3, *shape)
     assert mask(images).shape == (3, 1, *shape[1:])
-    assert 0 < float(pattern(images).min()) < float(pattern(images).max()) < 1
-    assert -1 < float(noise(images).min()) < 0 < float(noise(images).max()) < 1
+    with torch.no_grad():
+        assert 0 < float(pattern(images).min()) < float(pattern(images).max()) < 1
+        assert -1 < float(noise(images).min()) < 0 < float(noise(images).max()) < 1
     again = seeded(lambda: StrideNet(shape[0]), 0, "noise")
     assert all(torch.equal(a, b) for a, b in zip(noise.parameters(), again.parameters(), strict=True))
-    restored = unpack(StrideNet(shape[0]), "network", pack(network=noise))
+    restored = unpack(lambda: StrideNet(shape[0]), "network", pack(network=noise))
     assert torch.equal(generate(restored, images), generate(noise, images))
     assert noise.training, "generating leaves the mode alone"
     with pytest.raises(ValueError, match=r"Missing|size mismatch|Unexpected"):
-        unpack(StrideNet(shape[0]), "other", pack(network=noise))
+        unpack(lambda: StrideNet(shape[0]), "other", pack(network=noise))
 
 
 def test_rounding_passes_the_gradient() -> None:
@@ -367,15 +368,14 @@ def test_lc_perturbation_step_by_step(digits_task: Task, benign_digits: Classifi
     slow = images.double() / 255
     for _ in range(4):
         x = slow.float().requires_grad_()
-        F.cross_entropy(benign_digits(x), labels, reduction="sum").backward()
-        assert x.grad is not None
-        slow = slow + 3 / 255 * x.grad.sign()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(benign_digits(x), labels, reduction="sum"), x)
+        slow = slow + 3 / 255 * gradient.sign()
         slow = torch.minimum(torch.maximum(slow, images / 255 - 8 / 255), images / 255 + 8 / 255).clamp(0, 1)
     assert float((found - (255 * slow).round()).abs().gt(0.5).float().mean()) < 0.01
     assert int((found.int() - images.int()).abs().max()) <= 8
     with torch.no_grad():
         before, after = (F.cross_entropy(benign_digits(i.float() / 255), labels) for i in (images, found))
-    assert after > before + 0.5
+    assert after > 10 * before
 
 
 def test_lc_robust_surrogate_withstands_more(digits_task: Task, benign_digits: Classifier) -> None:
@@ -449,7 +449,7 @@ def test_lira_loss_of_the_victim(stage: int, digits_task: Task) -> None:
     logits = twin(torch.cat([inputs, stamped]))
     slow = 0.3 * F.cross_entropy(logits[:8], labels) + 0.7 * F.cross_entropy(logits[8:], torch.full((8,), 3))
     slow.backward()
-    assert float(loss) == pytest.approx(float(slow), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(slow.detach()), rel=1e-5)
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert a.requires_grad, name
         assert a.grad is not None, name

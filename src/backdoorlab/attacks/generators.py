@@ -56,12 +56,13 @@ def pack(**networks: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def unpack(network: nn.Module, prefix: str, tensors: dict[str, Tensor]) -> nn.Module:
-    """Load what :func:`pack` stored; in evaluation mode and frozen.
+def unpack(build: Callable[[], nn.Module], prefix: str, tensors: dict[str, Tensor]) -> nn.Module:
+    """Rebuild what :func:`pack` stored; in evaluation mode and frozen.
 
     Raises:
         ValueError: if the tensors do not fit.
     """
+    network = seeded(build, 0, prefix)
     own = {name.removeprefix(prefix + "."): value for name, value in tensors.items() if name.startswith(prefix + ".")}
     try:
         network.load_state_dict(own)

@@ -258,6 +258,8 @@ class Runner:
                 raise
             except Exception as error:
                 status, reason, outcome = _failure(error)
+            if outcome.record:  # a checkpoint names its classes without the data set that they come from
+                outcome.record["classes"] = list(task.dataset.train.classes)
             card = Card.model_validate(
                 {"stage": stage, "key": key, "status": status, "reason": reason, "spec": spec, "parents": parents}
                 | {"metrics": outcome.metrics, "null_reasons": outcome.reasons, "notes": outcome.notes}

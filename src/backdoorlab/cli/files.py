@@ -15,7 +15,7 @@ from backdoorlab.cli.defend import RunOption, need_run
 from backdoorlab.core.errors import InputError
 
 if TYPE_CHECKING:
-    from backdoorlab.benchmark import Runner, StoredRun
+    from backdoorlab.benchmark import StoredRun
     from backdoorlab.data.files import SampleFile, SampleFormat
     from backdoorlab.modalities import Modality
 
@@ -104,7 +104,7 @@ def predict_command(
     form = sample_format(model.modality)
     files = [read_samples(path, form, fit=resize) for path in find_samples(inputs, form.modality)]
     confidence, classes = predict(model, join_samples(files), batch_size=256).softmax(1).max(1)
-    names = _class_names(runner, stored)
+    names = stored.record().get("classes")
     rows = [
         {"input": label, "class": k, "name": names[k] if names else None, "confidence": float(c)}
         for label, k, c in zip(_labels(files), classes.tolist(), confidence, strict=True)
@@ -148,14 +148,6 @@ def _trigger(stored: StoredRun, backdoor: Any) -> tuple[Any, Modality]:
         raise InputError(f"run {stored.id} is an attack whose trigger cannot be applied to files")
     planted = backdoor.from_state(stored.all_tensors(), record)
     return planted.trigger, planted.model.modality
-
-
-def _class_names(runner: Runner, stored: StoredRun) -> tuple[str, ...] | None:
-    """Names of the classes, or None where the data set that they come from is not on this machine."""
-    try:
-        return runner.task(stored.card().experiment().task).train.classes
-    except InputError:
-        return None
 
 
 def _labels(files: list[SampleFile]) -> list[str]:

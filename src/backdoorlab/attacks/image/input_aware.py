@@ -19,9 +19,14 @@ obeys a trigger on its own image only; G is kept from drawing the same for all b
 Choices: the victim sees stamped images rounded to grey levels, as they are delivered (the gradient passes rounding
 unchanged). The generators see pixels in [0, 1]. Donors x' are other samples of the same batch. G's gradients are
 cleared after every step (published code lets them pile up) and its learning rate follows the recipe. The mask stage
-takes a quarter of the recipe's steps (25 of 100 epochs) and comes on top of them. Without augmentation in that stage,
-which only asks for variety. Networks: two stages of 16 and 32 channels below 32 px (the paper's for MNIST), else three
+takes a quarter of the recipe's steps (25 of 100 epochs) and comes on top of them; it works without augmentation, since
+it only asks for variety. Networks: two stages of 16 and 32 channels below 32 px (the paper's for MNIST), else three
 of 32 to 128; decoders resize to the encoder's sizes, so odd sides work.
+
+Seen on embedded grey digits (16 px, recipe "smoke"), where 300 steps are few for two networks: with one seed ASR 0.69
+and cross accuracy 0.68 with the defaults, 0.88 and 0.76 at a rate of 0.2, 0.93 and 0.83 at 0.3. At 0.3 with a density
+of 0.1 three seeds gave 0.87 to 0.96 and 0.81 to 0.83; at 0.33 with that density and a slower generator
+(``generator_lr=0.004``) 0.97 to 0.98 and 0.81 to 0.87.
 """
 
 from __future__ import annotations
@@ -177,8 +182,8 @@ class InputAwareTrigger(Trigger):
         """Inverse of :meth:`state`."""
         channels, height, width = config["shape"]
         return cls(
-            unpack(DetailNet(channels, channels, height, width), "pattern", tensors),
-            unpack(DetailNet(channels, 1, height, width), "mask", tensors),
+            unpack(lambda: DetailNet(channels, channels, height, width), "pattern", tensors),
+            unpack(lambda: DetailNet(channels, 1, height, width), "mask", tensors),
             (channels, height, width),
         )
 

@@ -18,6 +18,10 @@ Choices: g is trained adversarially on the task's data, architecture and recipe,
 start (fast, and robust enough that perturbations look like other classes); ``surrogate="clean"`` takes an ordinary one.
 It is made once per task and shared by all runs. Only chosen images are perturbed. The pattern is drawn at the image's
 resolution, 3 px at 32 px and 6 at 64, not less than 3.
+
+Seen on embedded grey digits (16 px, recipe "smoke") at a rate of 8 %: with one seed ASR 0.28 with the defaults and 0.78
+with eps 32; with eps 64 three seeds gave 0.76 to 0.95. The surrogate was trained with half of that eps (with the
+defaults, the same).
 """
 
 from __future__ import annotations
@@ -150,7 +154,8 @@ class Lc(PoisoningAttack):
 
     def make_trigger(self, task: Task, ctx: Context) -> AdditiveTrigger:
         """The corners."""
-        return AdditiveTrigger(draw_corners(*expect_images(task.train.inputs).shape[1:], self.amplitude))
+        channels, height, width = expect_images(task.train.inputs).shape[1:]
+        return AdditiveTrigger(draw_corners(channels, height, width, self.amplitude))
 
     def poison_inputs(self, trigger: Trigger, inputs: Inputs, indices: Tensor, task: Task, ctx: Context) -> Inputs:
         """Perturb, then add the corners."""

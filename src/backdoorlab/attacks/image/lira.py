@@ -20,6 +20,10 @@ which would be about half a grey level; ``strength=0.01`` is the published setti
 share one pass. Stage 1 takes half of the recipe's epochs (50 of 100) and stage 2 the rest, each with the recipe's
 schedule. Every sample is seen clean and triggered in every batch: the poison rate does not influence training, it only
 sets the size of the snapshot kept with the result.
+
+Seen on embedded grey digits (16 px, recipe "smoke", three seeds): with the defaults, a range of 4 grey levels, ASR 0.99
+to 1.00 and ACC 0.953 to 0.983, up to three points below a benign model; with strength 0.1 0.99 to 1.00 and 0.972 to
+0.989.
 """
 
 from __future__ import annotations
@@ -82,7 +86,7 @@ class LiraObjective:
         if self.live is not None and self.companion is not None:
             with frozen(model):
                 loss = F.cross_entropy(model(add_noise(inputs, self.live(inputs), self.scale)), wanted)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             self.companion.step()
         with torch.no_grad():
             triggered = add_noise(inputs, self.frozen_copy(inputs), self.scale)
@@ -129,7 +133,7 @@ class LiraTrigger(Trigger):
     def from_state(cls, tensors: dict[str, Tensor], config: dict[str, Any]) -> LiraTrigger:
         """Inverse of :meth:`state`."""
         channels, height, width = config["shape"]
-        return cls(unpack(StrideNet(channels), "network", tensors), tensors["scale"], (channels, height, width))
+        return cls(unpack(lambda: StrideNet(channels), "network", tensors), tensors["scale"], (channels, height, width))
 
 
 @attacks.register

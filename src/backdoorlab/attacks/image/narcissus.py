@@ -16,6 +16,12 @@ Choices: the paper's surrogate is trained on a foreign data set and warmed up on
 model of the task's own architecture and recipe (nothing has to be downloaded), made once per task and shared by all
 runs, and so is the noise: a stronger attacker than the paper's. Training augmentation is the modality's own. The noise
 is stored unrounded, and only the stamped image is clipped, to the grey range, so amplification is exact.
+
+Seen on embedded grey digits (16 px, recipe "smoke"): with one seed, class 0 and a rate of 8 % ASR 0.18 with the
+defaults, where a benign model already says the target class for 0.08 of the triggered samples. At 9 %, with 200 steps
+and a test factor of 6, three seeds gave 0.86 to 1.00 for class 1 (benign 0.11 to 0.25) but 0.93 to 0.98 for class 0
+(benign 0.49 to 0.94): there most of the effect is an adversarial perturbation that works without poisoning. So compare
+with a benign model.
 """
 
 from __future__ import annotations
