@@ -20,6 +20,7 @@ IMAGE, GAIN = 7, 5
 
 
 def main() -> None:
+    """Stamp one image with each trigger and save the sheet."""
     task = Task.load(TaskSpec(dataset=DatasetSpec(name="cifar10", train_size=2000, test_size=100)))
     clean = task.test.inputs[IMAGE : IMAGE + 1]
     figure, axes = plt.subplots(3, len(NAMES), figsize=(1.35 * len(NAMES), 4.3))

@@ -44,13 +44,14 @@ class Step:
     on_benign: bool = False
 
 
-RATE = 0.03
+RATE = 0.05
 """At 0.1 half of what is labelled "0" would be poison, and a method that looks for a minority could not find it."""
 
+ABL = {"lga_mode": "per_sample", "mode": "sequential", "ascent_steps": 20}
 STEPS = (
     Step("ft", "repair: fine-tune on 72 clean digits", {"lr": 0.5, "batch_size": 64}),
     Step("anp", "repair: prune the channels that noise upsets most", {"iterations": 300}),
-    Step("abl", "training: unlearn what is learnt too fast"),
+    Step("abl", "training: unlearn what is learnt too fast", ABL),
     Step("ac", "data: cluster the activations, drop, train again"),
     Step("strip", "inputs: reject those whose class survives blending"),
     Step("neural_cleanse", "model: search a small trigger for every class", {"epochs": 30}, on_benign=True),
