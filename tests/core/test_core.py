@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -60,6 +61,17 @@ class TestMethod:
         rate = Toy.parameters()[0]
         assert (rate.name, rate.type, rate.default, rate.range) == ("rate", "float", 0.1, "> 0 and <= 1")
         assert Toy.facts()["modalities"] == ["image"]
+
+    def test_code_digest_covers_the_files_that_a_method_is_built_from(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from backdoorlab.attacks.image.badnets import BadNets
+        from backdoorlab.attacks.image.badnets_a2a import BadNetsA2A
+
+        before = BadNets.code_digest(), BadNetsA2A.code_digest(), Toy.code_digest()
+        assert len(set(before)) == 3
+        read = Path.read_bytes
+        monkeypatch.setattr(Path, "read_bytes", lambda p: read(p) + b"#" * (p.name == "badnets.py"))
+        after = BadNets.code_digest(), BadNetsA2A.code_digest(), Toy.code_digest()
+        assert [a != b for a, b in zip(before, after, strict=True)] == [True, True, False]
 
 
 class TestRegistry:

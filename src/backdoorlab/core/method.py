@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import inspect
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -117,8 +118,33 @@ class Method:
 
     @classmethod
     def code_digest(cls) -> str:
-        """Hash of the file in which the method is written: a changed method gets new results, not old ones."""
-        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()[:16]
+        """Hash of the code that makes the method: its file and the files beside it that it is built from.
+
+        "Beside it" is the same family of modules (``backdoorlab.attacks``, a plug-in's own package); a changed method
+        gets new results, not old ones. Contracts (``base`` modules) do not count: they have a version of their own.
+        """
+        digest = hashlib.sha256()
+        for path in sorted(_sources(cls)):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def _sources(cls: type) -> set[Path]:
+    """Files of a class's module and, transitively, of the modules of its family whose names it uses."""
+    family = ".".join(cls.__module__.split(".")[:2] if cls.__module__.startswith("backdoorlab.") else
+                      cls.__module__.split(".")[:1])  # fmt: skip
+    found: set[Path] = set()
+    waiting, seen = [cls.__module__], {cls.__module__}
+    while waiting:
+        module = sys.modules[waiting.pop()]
+        found.add(Path(inspect.getfile(module)))
+        for value in vars(module).values():
+            name = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
+            inside = isinstance(name, str) and (name == family or name.startswith(f"{family}."))
+            if inside and name not in seen and not str(name).endswith(".base") and name in sys.modules:
+                seen.add(str(name))
+                waiting.append(str(name))
+    return found
 
 
 def _range(field: dataclasses.Field[Any]) -> str:
