@@ -54,7 +54,8 @@ def test_their_hyper_parameters_are_documented_and_checked(site: Path) -> None:
 
 def test_attack_and_defense_work_end_to_end(site: Path, tmp_path: Path) -> None:
     store = ["--store", str(tmp_path / "runs"), "--json"]
-    planted = backdoorlab(site, "attack", "frame", "--dataset", "digits", "--recipe", "smoke", *store)
+    command = ["attack", "frame", "--dataset", "digits", "--recipe", "smoke", "--poison-rate", "0.05"]
+    planted = backdoorlab(site, *command, "--set", "width=1", *store)
     assert planted.returncode == 0, planted.stderr
     attack = json.loads(planted.stdout)
     assert attack["metrics"]["asr"] > 0.9

@@ -17,7 +17,7 @@ def test_published_schema_is_that_of_the_code():
 def test_real_cards_fulfil_the_published_schema(filled: Runner):
     validator = jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
     cards = [json.loads((run.path / "card.json").read_text()) for run in filled.store.runs()]
-    assert len(cards) == 4
+    assert len(cards) >= 4  # other tests add to the shared store
     for card in cards:
         validator.validate(card)
         assert set(METRICS) <= set(card["metrics"])

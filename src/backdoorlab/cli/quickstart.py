@@ -97,7 +97,8 @@ def quickstart_command(
     runner = make_runner(store, device)
     clean = Experiment(task=TaskSpec(recipe=recipe), seed=seed)
     attacked = dataclasses.replace(clean, attack=MethodSpec("badnets", {"target": TARGET, "poison_rate": RATE}))
-    plan = [(clean, "trained on clean digits"), (attacked, f"a white patch on 1 training digit in {1 / RATE:.0f}, labelled 0")]
+    patched = f"a white patch on 1 training digit in {1 / RATE:.0f}, labelled 0"
+    plan = [(clean, "trained on clean digits"), (attacked, patched)]
     for step in steps:
         for base in (attacked, clean) if step.on_benign else (attacked,):
             plan.append((dataclasses.replace(base, defense=MethodSpec(step.name, step.settings)), step.words))
