@@ -6,7 +6,7 @@ uses clean validation data. Where a paper's own rule looks at triggered test dat
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -129,7 +129,7 @@ class InputDefense(Defense):
         """Calibrate on clean samples."""
 
 
-class InputDetector:
+class InputDetector(ABC):
     """What :meth:`InputDefense.fit` returns.
 
     Attributes:
@@ -138,9 +138,9 @@ class InputDetector:
 
     threshold: float
 
+    @abstractmethod
     def score(self, inputs: Inputs) -> Tensor:
         """Suspicion of raw inputs: float32 [N] on the CPU, higher = more suspicious."""
-        raise NotImplementedError
 
     def flags(self, scores: Tensor) -> Tensor:
         """Bool [N]: rejected inputs."""
