@@ -8,9 +8,8 @@ The spectrogram is made inside the networks (see :mod:`backdoorlab.models.audio`
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -97,15 +96,6 @@ class AudioModality(Modality):
     def example(self, count: int) -> Inputs:
         """Silent clips."""
         return torch.zeros(count, self.length, dtype=torch.int16)
-
-    def config(self) -> dict[str, Any]:
-        """See :meth:`Modality.config`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> AudioModality:
-        """See :meth:`Modality.from_config`."""
-        return cls(**config)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> AudioModality:

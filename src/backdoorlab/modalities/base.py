@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -13,8 +15,9 @@ from backdoorlab.core.errors import ArtifactError, unknown
 from backdoorlab.data.split import Dataset, Inputs
 
 
+@dataclass(frozen=True)
 class Modality(ABC):
-    """What a modality-agnostic method may know about samples.
+    """What a modality-agnostic method may know about samples; subclasses are frozen dataclasses of JSON-able fields.
 
     Raw inputs are what is stored or delivered (:data:`backdoorlab.data.split.Inputs`). ``encode`` turns raw inputs
     into one tensor that can live on the device for the whole training (images: the uint8 tensor itself; text: token
@@ -45,14 +48,14 @@ class Modality(ABC):
     def example(self, count: int) -> Inputs:
         """``count`` raw samples without content (black, silent, one word), with which models are traced."""
 
-    @abstractmethod
     def config(self) -> dict[str, Any]:
-        """JSON-able settings from which :func:`modality_from_config` makes an equal object."""
+        """JSON-able settings (the dataclass fields) from which :func:`modality_from_config` makes an equal object."""
+        return dataclasses.asdict(self)
 
     @classmethod
-    @abstractmethod
-    def from_config(cls, config: dict[str, Any]) -> Modality:
-        """Inverse of :meth:`config`."""
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Inverse of :meth:`config`; lists, as JSON has them, become tuples."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 
     @classmethod
     @abstractmethod

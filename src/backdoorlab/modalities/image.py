@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,17 @@ from backdoorlab.modalities.base import Modality
 def to_uint8(images: Tensor) -> Tensor:
     """Grey levels in [0, 255] (any float) as uint8: clip, then round, then cast, so that nothing wraps around."""
     return images.clamp(0, 255).round().to(torch.uint8)
+
+
+def blend_pixels(a: Tensor, b: Tensor, ratio: float) -> Tensor:
+    """(1 - ratio) a + ratio b of uint8 pictures of any layout, in uint8."""
+    return to_uint8(torch.lerp(a.float(), b.float(), ratio))
+
+
+def noisy_pixels(pixels: Tensor, strength: float, generator: torch.Generator | None = None) -> Tensor:
+    """Gaussian noise on uint8 pictures of any layout; standard deviation ``strength`` times half the grey range."""
+    noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
+    return to_uint8(pixels.float() + strength * 127.5 * noise)
 
 
 def random_crop(images: Tensor, pad: int, generator: torch.Generator | None = None) -> Tensor:
@@ -95,23 +105,11 @@ class ImageModality(Modality):
 
     def blend(self, a: Inputs, b: Inputs, ratio: float, generator: torch.Generator | None = None) -> Inputs:
         """(1 - ratio) a + ratio b, pixel by pixel, in uint8."""
-        return to_uint8(torch.lerp(self.encode(a).float(), self.encode(b).float(), ratio))
+        return blend_pixels(self.encode(a), self.encode(b), ratio)
 
     def perturb(self, inputs: Inputs, strength: float, generator: torch.Generator | None = None) -> Inputs:
         """Gaussian noise with a standard deviation of ``strength`` times half the grey range."""
-        images = self.encode(inputs).float()
-        noise = torch.randn(images.shape, generator=generator, device=images.device)
-        return to_uint8(images + strength * 127.5 * noise)
-
-    def config(self) -> dict[str, Any]:
-        """See :meth:`Modality.config`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> ImageModality:
-        """See :meth:`Modality.from_config`."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        return cls(**values)
+        return noisy_pixels(self.encode(inputs), strength, generator)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> ImageModality:

@@ -15,7 +15,6 @@ With ``tokenizer`` (a local folder) a Hugging Face tokenizer makes the ids, and 
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -190,16 +189,6 @@ class TextModality(Modality):
     def example(self, count: int) -> Inputs:
         """Texts of one word."""
         return text_array(["example"] * count)
-
-    def config(self) -> dict[str, Any]:
-        """See :meth:`Modality.config`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> TextModality:
-        """See :meth:`Modality.from_config`."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        return cls(**values)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> TextModality:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.split import Dataset, Inputs
 from backdoorlab.modalities.base import Modality
-from backdoorlab.modalities.image import random_crop, random_flip, to_uint8
+from backdoorlab.modalities.image import blend_pixels, noisy_pixels, random_crop, random_flip
 
 
 @dataclass(frozen=True)
@@ -67,27 +66,15 @@ class VideoModality(Modality):
 
     def blend(self, a: Inputs, b: Inputs, ratio: float, generator: torch.Generator | None = None) -> Inputs:
         """(1 - ratio) a + ratio b, frame by frame, in uint8."""
-        return to_uint8(torch.lerp(self.encode(a).float(), self.encode(b).float(), ratio))
+        return blend_pixels(self.encode(a), self.encode(b), ratio)
 
     def perturb(self, inputs: Inputs, strength: float, generator: torch.Generator | None = None) -> Inputs:
         """Gaussian noise, new in each frame, with a standard deviation of ``strength`` times half the grey range."""
-        clips = self.encode(inputs).float()
-        noise = torch.randn(clips.shape, generator=generator, device=clips.device)
-        return to_uint8(clips + strength * 127.5 * noise)
+        return noisy_pixels(self.encode(inputs), strength, generator)
 
     def example(self, count: int) -> Inputs:
         """Black clips."""
         return torch.zeros(count, self.frames, self.channels, self.height, self.width, dtype=torch.uint8)
-
-    def config(self) -> dict[str, Any]:
-        """See :meth:`Modality.config`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> VideoModality:
-        """See :meth:`Modality.from_config`."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        return cls(**values)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> VideoModality:

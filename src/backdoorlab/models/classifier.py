@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -143,8 +142,3 @@ def _image_size(name: str, modality: Modality) -> dict[str, int | tuple[int, int
         return {}
     size = (getattr(modality, "height", 224), getattr(modality, "width", 224))
     return {"img_size": size}
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of trainable scalars."""
-    return int(np.sum([p.numel() for p in model.parameters() if p.requires_grad]))
