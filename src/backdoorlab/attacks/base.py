@@ -174,6 +174,8 @@ class Attack(Method):
     """Does the pattern depend on the sample?"""
     needs_surrogate: ClassVar[bool] = False
     """Must a network be trained before anything can be poisoned?"""
+    asset_kinds: ClassVar[tuple[str, ...]] = ()
+    """What it makes first and shares between runs (``ctx.asset``); the user's file can replace each of them."""
     target_mode: ClassVar[str] = "all-to-one"
     """Target map; an attack that offers both has a hyper-parameter ``target_map`` instead."""
     fact_names = (
@@ -182,6 +184,7 @@ class Attack(Method):
         "trigger_visibility",
         "sample_specific",
         "needs_surrogate",
+        "asset_kinds",
         "target_mode",
     )
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from backdoorlab.core.errors import InputError
 from backdoorlab.data.split import Inputs, pack_inputs
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context, Tensors
@@ -36,6 +37,57 @@ def surrogate_spec(task: Task) -> dict[str, Any]:
     }
 
 
+def load_weights(network: nn.Module, weights: Tensors, kind: str) -> nn.Module:
+    """Fill a network with an asset's tensors, which may come from a file of the user's; then freeze it.
+
+    Args:
+        network: of the right architecture.
+        weights: what ``ctx.asset`` returned.
+        kind: of the asset, for the message.
+
+    Returns:
+        The same network, in evaluation mode, without gradients.
+
+    Raises:
+        InputError: if names or shapes differ from the network's.
+    """
+    own = network.state_dict()
+    for name, wanted in own.items():
+        if name not in weights:
+            raise InputError(f"asset {kind} lacks the tensor {name!r} (shape {tuple(wanted.shape)}) of this network")
+        if weights[name].shape != wanted.shape:
+            raise InputError(
+                f"asset {kind}: {name!r} must have shape {tuple(wanted.shape)}, got {tuple(weights[name].shape)}"
+            )
+    if left := sorted(set(weights) - set(own)):
+        raise InputError(f"asset {kind}: this network has no tensor {left[0]!r} ({len(left)} names do not belong)")
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False)
+
+
+def asset_tensor(tensors: Tensors, name: str, shape: tuple[int, ...], kind: str) -> Tensor:
+    """One tensor of an asset that may come from a file of the user's.
+
+    Args:
+        tensors: what ``ctx.asset`` returned.
+        name: of the tensor.
+        shape: that it must have.
+        kind: of the asset, for the message.
+
+    Raises:
+        InputError: if it is missing, of another shape, or not of finite numbers.
+    """
+    if name not in tensors:
+        has = ", ".join(sorted(tensors))
+        raise InputError(f"asset {kind} lacks the tensor {name!r} (shape {shape}); it has: {has}")
+    found = torch.as_tensor(tensors[name])
+    if tuple(found.shape) != tuple(shape):
+        raise InputError(f"asset {kind}: {name!r} must have shape {tuple(shape)}, got {tuple(found.shape)}")
+    if not bool(torch.isfinite(found).all()):
+        raise InputError(f"asset {kind}: {name!r} holds numbers that are not finite")
+    return found.float()
+
+
 def clean_surrogate(task: Task, ctx: Context) -> Classifier:
     """A benign model of the task's own architecture and recipe, trained once and shared by all runs.
 
@@ -49,5 +101,5 @@ def clean_surrogate(task: Task, ctx: Context) -> Classifier:
 
     weights = ctx.asset("clean-surrogate", surrogate_spec(task), build)
     model = task.build_model(ctx)
-    model.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
-    return model.eval().requires_grad_(False)
+    load_weights(model, weights, "clean-surrogate")
+    return model

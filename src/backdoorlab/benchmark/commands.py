@@ -27,6 +27,8 @@ def attack_command(experiment: Experiment, task: Task) -> str:
     words += _pairs("--recipe-set", dict(spec.recipe_changes)) + _pairs(
         "--set", _changed(build_attack(experiment, task))
     )
+    for kind, key in (experiment.attack.assets if experiment.attack else {}).items():
+        words += ["--asset", f"{kind}={key}"]
     return shlex.join([*words, "--seed", str(experiment.seed)])
 
 

@@ -24,7 +24,7 @@ from backdoorlab.benchmark.commands import attack_command, defense_command
 from backdoorlab.benchmark.evaluate import Outcome, Victim, clean_indices, evaluate, finish
 from backdoorlab.benchmark.meter import Meter, environment
 from backdoorlab.benchmark.spec import Experiment, MethodSpec, build_attack, build_defense, resolve, stage_key
-from backdoorlab.benchmark.store import Store, StoredRun
+from backdoorlab.benchmark.store import OwnAssets, Store, StoredRun
 from backdoorlab.core.errors import ArtifactError, BackdoorLabError, InputError, NotApplicable
 from backdoorlab.core.seeding import derive_seed
 from backdoorlab.models.classifier import Classifier
@@ -137,6 +137,21 @@ class Runner:
         command = defense_command(experiment, task, before.key)
         return self._stage("defense", experiment, task, work, [before.id], command, fresh)
 
+    def keep_asset(self, kind: str, given: str | Path) -> str:
+        """Copy a user's file into the store, so that runs made with it can be repeated without it.
+
+        Args:
+            kind: of the asset that it replaces, such as "clean-surrogate".
+            given: a safetensors file with the tensors of such an asset, or the key of one that was kept before.
+
+        Returns:
+            Its key, for :attr:`MethodSpec.assets`.
+
+        Raises:
+            InputError: if there is no such file or key, or it is no safetensors file.
+        """
+        return self.store.keep_own(kind, given)
+
     def load_backdoor(self, run: Card | StoredRun | str) -> tuple[Task, Backdoor]:
         """Task and backdoor of a stored attack, or of the attack behind a stored defense.
 
@@ -193,7 +208,9 @@ class Runner:
         return card
 
     def _context(self, experiment: Experiment, name: str) -> Context:
-        return Context(derive_seed(experiment.seed, name), self.device, self.reporter, self._assets)
+        own = experiment.attack.assets if experiment.attack else {}
+        assets = OwnAssets(self._assets, {kind: self.store.own(kind, key) for kind, key in own.items()})
+        return Context(derive_seed(experiment.seed, name), self.device, self.reporter, assets)
 
     def _plant(self, plant: Callable[[Task, Context], Backdoor], task: Task, ctx: Context, meter: Meter) -> Outcome:
         with meter.part("attack"):

@@ -35,20 +35,29 @@ _digests: weakref.WeakKeyDictionary[Task, str] = weakref.WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """An attack or defense by name, with the hyper-parameters that differ from their defaults."""
+    """An attack or defense by name, with the hyper-parameters that differ from their defaults.
+
+    Attributes:
+        name: in the registry, or an alias.
+        settings: hyper-parameters.
+        assets: kind of asset -> key in the store of the user's own file that replaces it
+            (:meth:`~backdoorlab.benchmark.runner.Runner.keep_asset`); attacks only.
+    """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    assets: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"name": self.name, "settings": jsonable(dict(self.settings))}
+        own = {"assets": dict(self.assets)} if self.assets else {}
+        return {"name": self.name, "settings": jsonable(dict(self.settings))} | own
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> MethodSpec:
         """Inverse of :meth:`to_json`; the "code" of a resolved spec is left out."""
-        _known("method", record, ("name", "settings", "code"))
-        return cls(str(record["name"]), dict(record.get("settings", {})))
+        _known("method", record, ("name", "settings", "assets", "code"))
+        return cls(str(record["name"]), dict(record.get("settings", {})), dict(record.get("assets", {})))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +132,20 @@ def modality_name(task: Task) -> str:
 
 
 def build_attack(experiment: Experiment, task: Task) -> Attack | None:
-    """The attack with all hyper-parameters set, or None."""
-    if experiment.attack is None:
+    """The attack with all hyper-parameters set, or None.
+
+    Raises:
+        InputError: for what it does not have: a hyper-parameter, an asset.
+    """
+    given = experiment.attack
+    if given is None:
         return None
-    return attacks.get(experiment.attack.name, modality_name(task)).build(experiment.attack.settings)
+    cls = attacks.get(given.name, modality_name(task))
+    for kind in given.assets:
+        if kind not in cls.asset_kinds:
+            has = ", ".join(cls.asset_kinds) or "none"
+            raise InputError(f"{cls.name} has no asset {kind!r}.{nearest(kind, cls.asset_kinds)} It has: {has}")
+    return cls.build(given.settings)
 
 
 def build_defense(experiment: Experiment, task: Task) -> Defense | None:
@@ -152,6 +171,8 @@ def resolve(experiment: Experiment, task: Task) -> dict[str, Any]:
     filled = dataclasses.replace(experiment, task=task.spec, attack=None, defense=None, clean_fraction=fraction,
                                  retrain=retrain).to_json()  # fmt: skip
     filled["attack"], filled["defense"] = _method(attack), _method(defense)
+    if experiment.attack is not None and experiment.attack.assets:
+        filled["attack"]["assets"] = dict(experiment.attack.assets)
     filled["resolved"] = {"recipe": jsonable(recipe), "data": data_digest(task), "contract": CONTRACT}
     return filled
 

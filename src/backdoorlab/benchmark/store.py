@@ -33,7 +33,7 @@ from torch import Tensor
 from backdoorlab.benchmark.card import Card
 from backdoorlab.benchmark.meter import Meter, asset_card
 from backdoorlab.core.errors import ArtifactError, InputError, nearest
-from backdoorlab.training.context import Reporter, Silent
+from backdoorlab.training.context import Assets, Reporter, Silent
 
 STAGES = ("benign", "attack", "defense")
 Tensors = Mapping[str, Tensor]
@@ -274,6 +274,43 @@ class Store:
         """A cache for surrogates, encoders and generators, to be handed to a context."""
         return StoredAssets(self, reporter or Silent())
 
+    def keep_own(self, kind: str, given: str | Path) -> str:
+        """Keep a copy of a user's safetensors file as an asset; its key is a hash of its content.
+
+        Raises:
+            InputError: if ``given`` is neither a file of that kind nor the key of a copy.
+        """
+        stage, path = _own_stage(kind), Path(given).expanduser()
+        if _KEY.fullmatch(str(given)) and self.has(stage, str(given)):
+            return str(given)
+        if not path.is_file():
+            raise InputError(f"asset {kind}: no such file: {given}; expected a .safetensors file")
+        try:
+            tensors = load_tensors(path.read_bytes())
+        except SafetensorError as error:
+            raise InputError(
+                f"asset {kind}: {given} is not a safetensors file ({error}); pickled weights are never read"
+            ) from None
+        except OSError as error:
+            raise InputError(f"asset {kind}: {given} cannot be read ({error.strerror or error})") from None
+        plain = _plain(tensors)
+        card = asset_card(f"own {kind}", {"sha256": hashlib.sha256(save_tensors(plain)).hexdigest()})
+        with self.lock(stage, card.key):
+            if not self.has(stage, card.key):
+                self.save(card.model_copy(update={"command": "(brought by the user)"}), {"asset": plain}, stage=stage)
+        return card.key
+
+    def own(self, kind: str, key: str) -> dict[str, Tensor]:
+        """The tensors that :meth:`keep_own` kept.
+
+        Raises:
+            InputError: if the store has no such copy.
+        """
+        run = self.run(_own_stage(kind), key)
+        if not self.has(run.stage, key):
+            raise InputError(f"asset {kind}: {self.root} has no file kept under {key}; give the file itself")
+        return run.tensors("asset")
+
     def _lock_path(self, stage: str, key: str) -> str:
         return str(self.root / ".locks" / f"{stage.replace('/', '-')}-{key}.lock")
 
@@ -287,7 +324,7 @@ class StoredAssets:
     def get(self, kind: str, spec: Mapping[str, Any], build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What was stored for (kind, spec), or build, store and return it; the same bits either way."""
         card = asset_card(kind, spec)
-        stage = f"asset/{re.sub(r'[^a-z0-9-]+', '-', kind.lower())}"
+        stage = _asset_stage(kind)
         run = self.store.run(stage, card.key)
         with self.store.lock(stage, card.key, self.reporter):
             if not self.store.has(stage, card.key):
@@ -296,6 +333,38 @@ class StoredAssets:
                     tensors = build()
                 self.store.save(card.model_copy(update=meter.fields()), {"asset": tensors}, stage=stage)
         return run.tensors("asset")
+
+
+@dataclass(frozen=True)
+class OwnAssets:
+    """A cache in which the user's own files stand in for some kinds of assets.
+
+    Attributes:
+        cache: for all other kinds.
+        own: tensors by kind.
+    """
+
+    cache: Assets
+    own: Mapping[str, dict[str, Tensor]]
+
+    def get(self, kind: str, spec: Mapping[str, Any], build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The user's tensors if there are any of that kind, whatever the spec; else the cache's.
+
+        What is built *from* a user's file (a pattern optimised on their surrogate) must not meet what was built from
+        another: its spec is extended by the files in use.
+        """
+        if kind in self.own:
+            return dict(self.own[kind])
+        marks = {k: hashlib.sha256(save_tensors(_plain(t))).hexdigest()[:20] for k, t in sorted(self.own.items())}
+        return self.cache.get(kind, {**spec, "own files": marks} if marks else spec, build)
+
+
+def _asset_stage(kind: str) -> str:
+    return f"asset/{re.sub(r'[^a-z0-9-]+', '-', kind.lower())}"
+
+
+def _own_stage(kind: str) -> str:
+    return _asset_stage(f"own-{kind}")
 
 
 def _plain(tensors: Tensors) -> dict[str, Tensor]:

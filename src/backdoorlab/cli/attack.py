@@ -38,6 +38,12 @@ def attack_command(
         int | None, typer.Option(help="Class that triggered samples should get.", metavar="CLASS")
     ] = None,
     settings: opt.SetOption = None,
+    asset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Use your own file for what the attack makes first; repeatable. See NAME --help.", metavar="KIND=FILE"
+        ),
+    ] = None,
     recipe_set: Annotated[
         list[str] | None,
         typer.Option("--recipe-set", help="Change a field of the recipe, such as epochs=5.", metavar="KEY=VALUE"),
@@ -69,6 +75,8 @@ def attack_command(
 
       backdoorlab attack none --dataset digits                 (the benign model)
 
+      backdoorlab attack lf --asset clean-surrogate=my-model.safetensors
+
       backdoorlab attack badnets --help                        (all hyper-parameters of BadNets)
     """
     if help_:
@@ -90,10 +98,14 @@ def attack_command(
     data = DatasetSpec(name=dataset, size=size, train_size=train_size, test_size=test_size, seed=data_seed)
     spec = TaskSpec(dataset=data, model=model, recipe=recipe, kind=kind_of(name, kind),
                     recipe_changes=recipe_changes(opt.pairs(recipe_set, "--recipe-set")))  # fmt: skip
+    files = opt.pairs(asset, "--asset", words="-")
+    if name in BENIGN and files:
+        raise InputError(f"attack {name} trains the benign model and has no asset {next(iter(files))!r}")
     if name in BENIGN and changes:
         raise InputError(f"attack {name} trains the benign model and has no {', '.join(changes)}")
-    method = None if name in BENIGN else MethodSpec(name, changes)
     runner = make_runner(store, device, root, download)
+    own = {kind: runner.keep_asset(kind, path) for kind, path in files.items()}
+    method = None if name in BENIGN else MethodSpec(name, changes, own)
     card = runner.attack(Experiment(task=spec, attack=method, seed=seed))
     conclude(runner, card, as_json)
 
@@ -110,6 +122,7 @@ def kind_of(name: str, given: str | None) -> str:
         raise unknown("kind of task", given, KINDS)
     if name in BENIGN:
         return given or "classifier"
+    name = attacks.canonical(name)
     served = [m for cls in attacks if cls.name == name for m in cls.modalities] or [*attacks.get(name).modalities]
     fitting = {"diffusion" if m == "diffusion" else "classifier" for m in served}
     if given is not None and given not in fitting:
@@ -174,6 +187,6 @@ def _help(ctx: typer.Context, name: str | None) -> None:
     from backdoorlab.attacks import attacks
     from backdoorlab.cli.methodpage import show_method
 
-    attacks.get(name)
+    name = attacks.get(name).name
     show_method("attack", [cls for cls in attacks if cls.name == name])
     raise typer.Exit

@@ -23,12 +23,18 @@ def show_method(kind: str, classes: list[type[Method]]) -> None:
     classes = sorted(classes, key=lambda cls: "image" not in cls.modalities)
     shared = [p for p in classes[0].parameters() if all(p in cls.parameters() for cls in classes)]
     for cls in classes:
-        facts = {k: v for k, v in cls.facts().items() if k not in ("name", "paper", "year", "modalities")}
+        facts = {k: v for k, v in cls.facts().items() if k not in ("name", "paper", "year", "modalities", "aliases")}
         out.rule(
-            Text.assemble((cls.name, "bold"), f" · {kind} · {', '.join(cls.modalities)}"), align="left", style="dim"
+            Text.assemble(
+                (cls.name, "bold"),
+                *(f" = {alias}" for alias in cls.aliases),
+                f" · {kind} · {', '.join(cls.modalities)}",
+            ),
+            align="left",
+            style="dim",
         )
         _summary(cls)
-        told = "   ".join(f"{k.replace('_', ' ')}: {_fact(v)}" for k, v in facts.items())
+        told = "   ".join(f"{_LABELS.get(k, k.replace('_', ' '))}: {_fact(v)}" for k, v in facts.items())
         out.print(Text(told, style="dim"))
         out.print()
         own = [p for p in cls.parameters() if len(classes) == 1 or p not in shared]
@@ -42,6 +48,7 @@ def show_method(kind: str, classes: list[type[Method]]) -> None:
     out.print(Text(f"The command's own options: backdoorlab {_COMMANDS[kind]} --help", style="dim"))
 
 
+_LABELS = {"asset_kinds": "assets (--asset KIND=FILE)"}
 _COMMANDS = {"attack": "attack", "defense": "defend"}
 
 
@@ -88,6 +95,8 @@ def _summary(cls: type[Method]) -> None:
 
 
 def _fact(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value)) or "none"
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 

@@ -63,8 +63,13 @@ def existing_store(given: str) -> Path:
     return path
 
 
-def pairs(given: Sequence[str] | None, option: str = "--set") -> dict[str, str]:
+def pairs(given: Sequence[str] | None, option: str = "--set", words: str = "_") -> dict[str, str]:
     """``["size=5"]`` as ``{"size": "5"}``.
+
+    Args:
+        given: what the user wrote.
+        option: its name, for messages.
+        words: what the names that are meant have between words, "_" or "-"; either is understood.
 
     Raises:
         InputError: for an item without "=", without a name, or a name given twice.
@@ -72,9 +77,10 @@ def pairs(given: Sequence[str] | None, option: str = "--set") -> dict[str, str]:
     found: dict[str, str] = {}
     for item in given or ():
         key, equals, value = item.partition("=")
-        key = key.strip().replace("-", "_")
+        key = key.strip().replace("-", words).replace("_", words)
         if not equals or not key:
-            raise InputError(f"{option}: expected KEY=VALUE such as size=5, got {item!r}")
+            form = "KIND=FILE such as clean-surrogate=m.safetensors" if words == "-" else "KEY=VALUE such as size=5"
+            raise InputError(f"{option}: expected {form}, got {item!r}")
         if key in found:
             raise InputError(f"{option}: {key} is given twice ({found[key]!r} and {value!r})")
         found[key] = value.strip()

@@ -66,6 +66,8 @@ class Method:
     paper: ClassVar[str]
     year: ClassVar[int]
     modalities: ClassVar[tuple[str, ...]]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Other names that the literature uses; commands understand them."""
     fact_names: ClassVar[tuple[str, ...]] = ()
     """Names of further class variables that ``list --json`` shows."""
 
@@ -82,6 +84,7 @@ class Method:
     def facts(cls) -> dict[str, Any]:
         """Facts of the method as JSON-able values."""
         own = {"name": cls.name, "paper": cls.paper, "year": cls.year, "modalities": list(cls.modalities)}
+        own |= {"aliases": list(cls.aliases)}
         return own | {name: getattr(cls, name) for name in cls.fact_names}
 
     @classmethod

@@ -25,6 +25,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, packages: tuple[str, ...], group: str) -> None:
         self.kind, self.packages, self.group = kind, packages, group
         self._entries: dict[tuple[str, str], type[T]] = {}
+        self._aliases: dict[str, str] = {}
         self._loaded = False
 
     def register(self, cls: type[T]) -> type[T]:
@@ -37,15 +38,22 @@ class Registry(Generic[T]):
                     f"two {self.kind}s are called {key[0]!r} for {modality}: {other.__module__} and {cls.__module__}"
                 )
             self._entries[key] = cls
+        for alias in getattr(cls, "aliases", ()):
+            self._aliases[alias] = cls.name  # type: ignore[attr-defined]
         return cls
 
+    def canonical(self, name: str) -> str:
+        """The registered name behind an alias; any other name as it is."""
+        self._load()
+        return self._aliases.get(name, name)
+
     def get(self, name: str, modality: str | None = None) -> type[T]:
-        """Return the class of that name.
+        """Return the class of that name or alias.
 
         Raises:
             InputError: for an unknown name (with the nearest one) or a modality that the method does not serve.
         """
-        self._load()
+        name = self.canonical(name)
         served = {m: c for (n, m), c in self._entries.items() if n == name}
         if not served:
             raise unknown(self.kind, name, self.names(modality) or self.names())

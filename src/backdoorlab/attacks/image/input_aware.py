@@ -237,6 +237,7 @@ class InputAware(TrainingAttack):
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "visible"
     sample_specific: ClassVar[bool] = True
+    aliases: ClassVar[tuple[str, ...]] = ("dynamic",)
 
     target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
     density: float = param(0.032, "tolerated mean of the mask", above=0, high=1, source="paper")

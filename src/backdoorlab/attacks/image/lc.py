@@ -35,7 +35,7 @@ from torch import Tensor
 
 from backdoorlab.attacks.base import PoisoningAttack, attacks
 from backdoorlab.attacks.pixels import AdditiveTrigger
-from backdoorlab.attacks.surrogate import clean_surrogate, surrogate_spec
+from backdoorlab.attacks.surrogate import clean_surrogate, load_weights, surrogate_spec
 from backdoorlab.attacks.trigger import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
@@ -126,8 +126,8 @@ def robust_surrogate(task: Task, eps: float, ctx: Context) -> Classifier:
     spec: dict[str, Any] = {"surrogate": surrogate_spec(task), "eps": eps}
     weights = ctx.asset("robust-surrogate", spec, build)
     model = task.build_model(ctx)
-    model.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
-    return model.eval().requires_grad_(False)
+    load_weights(model, weights, "robust-surrogate")
+    return model
 
 
 @attacks.register
@@ -142,6 +142,8 @@ class Lc(PoisoningAttack):
     trigger_visibility: ClassVar[str] = "visible"
     label_mode: ClassVar[str] = "clean"
     needs_surrogate: ClassVar[bool] = True
+    asset_kinds: ClassVar[tuple[str, ...]] = ("robust-surrogate", "clean-surrogate")
+    aliases: ClassVar[tuple[str, ...]] = ("cl",)
 
     amplitude: float = param(255.0, "of the corner pattern, in grey levels", above=0, high=255, source="BackdoorBench")
     eps: float = param(8.0, "largest adversarial change, in grey levels", low=0, high=255, source="BackdoorBench")

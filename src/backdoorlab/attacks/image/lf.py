@@ -28,7 +28,7 @@ from torch import Tensor
 
 from backdoorlab.attacks.base import PoisoningAttack, attacks
 from backdoorlab.attacks.pixels import AdditiveTrigger
-from backdoorlab.attacks.surrogate import clean_surrogate, surrogate_spec
+from backdoorlab.attacks.surrogate import asset_tensor, clean_surrogate, surrogate_spec
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import make_generator
 from backdoorlab.modalities.filters import blur_matrix, expect_images, inverse_dct
@@ -94,6 +94,7 @@ class Lf(PoisoningAttack):
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "subtle"
     needs_surrogate: ClassVar[bool] = True
+    asset_kinds: ClassVar[tuple[str, ...]] = ("lf-pattern", "clean-surrogate")
 
     variant: str = param(
         "optimised", "pattern optimised on a clean model, or random", choices=("optimised", "random"), source="ours"
@@ -127,4 +128,5 @@ class Lf(PoisoningAttack):
             chosen = torch.randperm(len(images), generator=own.generator("samples"))[: self.samples]
             return {"v": optimise_pattern(model, images[chosen], self.target, self.strength, sigma, self.steps, own)}
 
-        return AdditiveTrigger((255 * ctx.asset("lf-pattern", spec, build)["v"]).round())
+        found = asset_tensor(ctx.asset("lf-pattern", spec, build), "v", (channels, height, width), "lf-pattern")
+        return AdditiveTrigger((255 * found).round())

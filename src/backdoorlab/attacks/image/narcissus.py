@@ -35,7 +35,7 @@ from torch import Tensor
 
 from backdoorlab.attacks.base import PoisoningAttack, attacks
 from backdoorlab.attacks.pixels import AdditiveTrigger
-from backdoorlab.attacks.surrogate import clean_surrogate, surrogate_spec
+from backdoorlab.attacks.surrogate import asset_tensor, clean_surrogate, surrogate_spec
 from backdoorlab.attacks.trigger import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
@@ -97,6 +97,7 @@ class Narcissus(PoisoningAttack):
     trigger_visibility: ClassVar[str] = "subtle"
     label_mode: ClassVar[str] = "clean"
     needs_surrogate: ClassVar[bool] = True
+    asset_kinds: ClassVar[tuple[str, ...]] = ("narcissus-noise", "clean-surrogate")
 
     eps: float = param(16.0, "largest value of the noise, in grey levels", above=0, high=255, source="paper")
     steps: int = param(1000, "optimisation steps", low=1, source="paper")
@@ -130,4 +131,5 @@ class Narcissus(PoisoningAttack):
             noise = optimise_noise(model, images, self.target, self.eps / 255, self.steps, self.lr, own)
             return {"noise": 255 * noise}
 
-        return torch.as_tensor(ctx.asset("narcissus-noise", spec, build)["noise"])
+        found = ctx.asset("narcissus-noise", spec, build)
+        return asset_tensor(found, "noise", tuple(images.shape[1:]), "narcissus-noise")

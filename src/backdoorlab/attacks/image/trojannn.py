@@ -30,7 +30,7 @@ from torch import Tensor
 
 from backdoorlab.attacks.base import PoisoningAttack, attacks
 from backdoorlab.attacks.image.badnets import PatchTrigger
-from backdoorlab.attacks.surrogate import clean_surrogate, surrogate_spec
+from backdoorlab.attacks.surrogate import asset_tensor, clean_surrogate, surrogate_spec
 from backdoorlab.attacks.trigger import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
@@ -130,6 +130,7 @@ class TrojanNN(PoisoningAttack):
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "visible"
     needs_surrogate: ClassVar[bool] = True
+    asset_kinds: ClassVar[tuple[str, ...]] = ("trojannn-picture", "clean-surrogate")
 
     neurons: int = param(2, "penultimate units to excite", low=1, source="BackdoorBench")
     activation: float = param(100.0, "activation that they shall reach", above=0, source="BackdoorBench")
@@ -165,5 +166,7 @@ class TrojanNN(PoisoningAttack):
             start = 0.2 + 0.7 * torch.rand(channels, height, width, generator=own.generator("start"))
             return {"picture": excite(model, start, mask, units, self.activation, self.steps, own)}
 
-        picture = to_uint8(255 * torch.as_tensor(ctx.asset("trojannn-picture", spec, build)["picture"]))
+        found = ctx.asset("trojannn-picture", spec, build)
+        shape = (channels, height, width)
+        picture = to_uint8(255 * asset_tensor(found, "picture", shape, "trojannn-picture"))
         return PatchTrigger(picture, mask) if self.mode == "replace" else WrapTrigger(picture)
