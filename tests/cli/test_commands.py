@@ -17,9 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from backdoorlab.cli.figures import magnified, ssim, visibility
+from backdoorlab.cli.figures import magnified
 from backdoorlab.data.digits import Digits
 from backdoorlab.data.sources import DatasetSpec
+from backdoorlab.metrics.visibility import ssim, visibility
 
 METRICS = ("acc", "asr", "ra", "der", "rir", "auroc", "tpr", "fpr", "precision", "f1", "score", "verdict", "targets")
 
@@ -48,7 +49,7 @@ def test_version_and_no_arguments(cli: Callable[..., Any]) -> None:
     assert "quickstart" in cli().out + cli().err
 
 
-COMMANDS = ("quickstart", "list", "attack", "defend", "bench", "results", "show", "stamp", "predict")
+COMMANDS = ("quickstart", "list", "attack", "defend", "bench", "results", "show", "export", "stamp", "predict")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -219,11 +219,12 @@ class Runner:
         with meter.part("measure"):  # as it comes back from the store, so that the artifact reproduces its numbers
             backdoor = worlds.restore_backdoor((tensors, record), self.device)
             measured = worlds.measure(backdoor, task, ctx.child("measure"))
+            seen = worlds.visibility_of(backdoor, task)
         metrics, reasons = finish(measured, {}, None)
         reasons |= {
             k: measured.get(f"{k}_note", "no test samples to measure it on") for k in ("asr", "ra") if k in reasons
         }
-        notes = dict(planted.notes)
+        notes = dict(planted.notes) | seen
         if getattr(getattr(planted, "poison", None), "replay", False):
             notes["replay"] = True
         return Outcome(metrics, reasons, tensors, record, planted.log.rows(), notes)

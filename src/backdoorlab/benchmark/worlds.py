@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from backdoorlab.attacks.base import Backdoor, restore_model
+from backdoorlab.attacks.trigger import stamp_all
 from backdoorlab.core.errors import ArtifactError
 from backdoorlab.metrics.classification import rate
+from backdoorlab.metrics.visibility import visibility
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict
@@ -24,6 +26,9 @@ from backdoorlab.training.task import Task, TaskSpec
 
 State = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 """Tensors by file name, and a JSON-able record."""
+
+_PIXELS = 1 << 22
+"""Values that :func:`visibility_of` compares at most; SSIM needs some ten copies of them in float64."""
 
 
 def load_task(spec: TaskSpec, root: str | Path | None, download: bool) -> Task:
@@ -96,6 +101,25 @@ def measure(backdoor: Backdoor, task: Task, ctx: Context, model: Classifier | No
     if task.spec.kind == "diffusion":
         found = {"ra_note": found.get("acc_note", "a generative model classifies nothing")} | found
     return found
+
+
+def visibility_of(backdoor: Backdoor, task: Task, most: int = 256) -> dict[str, Any]:
+    """PSNR in dB, SSIM and L-infinity of the trigger on the first test images that count for ASR, for the card's notes.
+
+    Empty for other data than images, and if no test image counts. At most ``most`` images, fewer if they are large.
+    """
+    if task.spec.kind != "classifier" or task.modality.name != "image":
+        return {}
+    images = task.test.inputs
+    assert isinstance(images, Tensor)
+    count = max(1, min(most, _PIXELS // images[0].numel()))
+    clean = images[backdoor.target_map.tested(task.test.labels).nonzero().flatten()[:count]]
+    if not len(clean):
+        return {}
+    stamped = stamp_all(backdoor.trigger, clean, device=backdoor.model.device)
+    assert isinstance(stamped, Tensor)
+    seen = visibility(clean, stamped)
+    return {"psnr_db": seen.psnr, "ssim": seen.ssim, "linf": seen.linf}
 
 
 def measure_benign(task: Task, model: Classifier) -> dict[str, Any]:

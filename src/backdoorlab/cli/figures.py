@@ -3,76 +3,18 @@
 from __future__ import annotations
 
 import io
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from backdoorlab.data.files import write_atomically
+from backdoorlab.metrics.visibility import Visibility, visibility
+from backdoorlab.modalities.filters import dct_matrix
 
 INK, GREY, GOOD, BAD = "#1b1f24", "#6a737d", "#1a7f4b", "#c62f2f"
-
-
-@dataclass(frozen=True)
-class Visibility:
-    """How far triggered images are from clean ones, means over images.
-
-    Attributes:
-        psnr: peak signal-to-noise ratio in dB, of the mean squared error over all images; None if nothing changed.
-        ssim: structural similarity in [-1, 1].
-        linf: largest change of any grey level, in 0..255.
-    """
-
-    psnr: float | None
-    ssim: float
-    linf: int
-
-
-def visibility(clean: Tensor, triggered: Tensor) -> Visibility:
-    """Compare uint8 [N,C,H,W] images with their triggered versions."""
-    a, b = clean.double(), triggered.double()
-    error = float((a - b).square().mean())
-    psnr = 10 * math.log10(255**2 / error) if error else None
-    return Visibility(psnr, float(ssim(a, b).mean()), int((a - b).abs().max()))
-
-
-def ssim(a: Tensor, b: Tensor, sigma: float = 1.5, radius: int = 5) -> Tensor:
-    """Structural similarity (Wang et al., 2004): 11x11 Gaussian window, K1 = 0.01, K2 = 0.03, grey range 255.
-
-    Args:
-        a: float [N,C,H,W] in 0..255.
-        b: the same shape.
-        sigma: of the window in pixels.
-        radius: of the window.
-
-    Returns:
-        float [N], mean over channels and all positions. The image is mirrored at its borders, where many triggers sit;
-        leaving out the positions whose window sticks out would overlook a patch in a corner.
-    """
-    axis = torch.exp(-(torch.arange(-radius, radius + 1, dtype=a.dtype) ** 2) / (2 * sigma**2))
-    axis = axis / axis.sum()
-    channels = a.shape[1]
-    window = (axis[:, None] * axis).expand(channels, 1, -1, -1)
-
-    def smooth(x: Tensor) -> Tensor:
-        rows, columns = (_mirrored(side, radius) for side in x.shape[-2:])
-        return F.conv2d(x[..., rows, :][..., columns], window, groups=channels)
-
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    ma, mb = smooth(a), smooth(b)
-    va, vb, cov = smooth(a * a) - ma**2, smooth(b * b) - mb**2, smooth(a * b) - ma * mb
-    quality = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
-    return quality.mean(dim=(1, 2, 3))
-
-
-def _mirrored(side: int, radius: int) -> Tensor:
-    """Indices of an axis with ``radius`` mirrored positions at both ends (d c b a | a b c d | d c b a)."""
-    index = torch.arange(-radius, side + radius) % (2 * side)
-    return torch.minimum(index, 2 * side - 1 - index)
 
 
 @dataclass(frozen=True)
@@ -168,8 +110,33 @@ def magnified(clean: Tensor, triggered: Tensor) -> tuple[Tensor, int]:
     return (127.5 + factor * change).clamp(0, 255).round().to(torch.uint8), factor
 
 
+def frequency_residual(clean: Tensor, triggered: Tensor) -> Tensor:
+    """Magnitude of the orthonormal two-dimensional DCT of what a trigger changes, mean over channels.
+
+    Args:
+        clean: uint8 [N,C,H,W].
+        triggered: the same with the trigger.
+
+    Returns:
+        float64 [N,H,W] in grey levels; [:, 0, 0] stands for the mean change, frequencies grow downwards and to the
+        right. Rounding to whole grey levels alone leaves about 0.2 everywhere.
+    """
+    change = triggered.double() - clean.double()
+    rows, columns = dct_matrix(change.shape[-2]), dct_matrix(change.shape[-1])
+    return (rows @ change @ columns.T).abs().mean(1)
+
+
+def in_colors(magnitudes: Tensor, most: float) -> Tensor:
+    """Magnitudes float [N,H,W] as log(1 + x) in perceptually even colours, black 0 to yellow ``most``: uint8 RGB."""
+    from matplotlib import colormaps
+
+    level = torch.log1p(magnitudes) / torch.log1p(torch.tensor(most, dtype=magnitudes.dtype))
+    painted = colormaps["inferno"](level.clamp(0, 1).numpy(), bytes=True)
+    return torch.from_numpy(painted[..., :3].copy()).permute(0, 3, 1, 2)
+
+
 def draw_trigger(path: Path, name: str, clean: Tensor, triggered: Tensor) -> Visibility:
-    """Clean samples, triggered samples and their magnified difference, with PSNR, SSIM and L-infinity.
+    """Clean samples, triggered samples and their difference in pixels and in frequencies, with PSNR, SSIM and L∞.
 
     Args:
         path: of the figure.
@@ -179,11 +146,17 @@ def draw_trigger(path: Path, name: str, clean: Tensor, triggered: Tensor) -> Vis
     """
     seen = visibility(clean, triggered)
     change, factor = magnified(clean, triggered)
+    spectrum = frequency_residual(clean, triggered)
+    most = max(1.0, float(spectrum.max()))
     psnr = "identical" if seen.psnr is None else f"PSNR {seen.psnr:.1f} dB"
     rows = [
         Row("clean", clean),
         Row("triggered", triggered),
         Row(f"difference\n(x{factor}, grey = none)" if factor > 1 else "difference\n(grey = none)", change),
+        Row(
+            f"frequency residual\n(|DCT|, log scale,\nblack 0, yellow {most:.0f};\nlow at top left)",
+            in_colors(spectrum, most),
+        ),
     ]
     draw_rows(path, f"{name}: the trigger", f"{psnr}    SSIM {seen.ssim:.3f}    L∞ {seen.linf} of 255", rows)
     return seen

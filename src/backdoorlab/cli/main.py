@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import backdoorlab
-from backdoorlab.cli import attack, bench, defend, files, listing, quickstart, results, show
+from backdoorlab.cli import attack, bench, defend, export, files, listing, quickstart, results, show
 from backdoorlab.cli.console import complain, err, out
 from backdoorlab.core.errors import BackdoorLabError
 
@@ -61,7 +61,7 @@ def _options(
         os.environ["BACKDOORLAB_DEBUG"] = "1"
 
 
-for _module in (quickstart, listing, attack, defend, bench, results, show, files):
+for _module in (quickstart, listing, attack, defend, bench, results, show, export, files):
     _module.register(app)
 
 
