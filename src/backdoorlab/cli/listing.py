@@ -36,6 +36,7 @@ def list_command(
         str | None, typer.Option(help="Only those that serve image, text, audio, video or diffusion.", metavar="M")
     ] = None,
     as_json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table, for documents.")] = False,
 ) -> None:
     """List attacks, defenses, data sets or models.
 
@@ -55,16 +56,33 @@ def list_command(
     if as_json:
         print_json(rows)
         return
+    if markdown:
+        out.print(markdown_table(kind, rows), soft_wrap=True, markup=False, highlight=False)
+        return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in _SHOWN[kind]:
         table.add_column(_HEADS.get(column, column), style="cyan" if column == "name" else "",
                          no_wrap=column not in ("paper", "summary", "modalities"))  # fmt: skip
     for row in rows:
-        table.add_row(*(Text(_cell(column, row[column])) for column in _SHOWN[kind]))
+        table.add_row(*map(Text, _cells(kind, row)))
     out.print(table)
     if kind in ("attacks", "defenses"):
         verb = "attack" if kind == "attacks" else "defend"
         out.print(f"\n{len(rows)} {kind}. Details: backdoorlab {verb} NAME --help", style="dim")
+
+
+def markdown_table(kind: str, rows: list[dict[str, Any]]) -> str:
+    """The same columns as a Markdown table."""
+    heads = [_HEADS.get(column, column) for column in _SHOWN[kind]]
+    lines = [heads, ["---"] * len(heads), *(_cells(kind, row) for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _cells(kind: str, row: dict[str, Any]) -> list[str]:
+    """One row as it is shown; aliases stand beside the name."""
+    cells = {column: _cell(column, row[column]) for column in _SHOWN[kind]}
+    cells["name"] = " = ".join((cells["name"], *row.get("aliases", ())))
+    return [*cells.values()]
 
 
 def _rows(kind: str) -> list[dict[str, Any]]:
