@@ -28,6 +28,13 @@ QUICK: dict[str, dict[str, object]] = {
     "blind": {"threshold": 100.0},
     "lc": {"steps": 2},
     "narcissus": {"steps": 3},
+    "dfst": {"style_steps": 3, "detox_steps": 3},
+    "lba": {"steps": 3},
+    "ssba": {"steps": 3, "batch_size": 4, "width": 4},
+    "poisonink": {"steps": 3, "batch_size": 4, "width": 4},
+    "fc": {"steps": 3},
+    "htba": {"steps": 3},
+    "tuap": {"passes": 2, "target": 1},
 }
 """Settings that make an attack's own preparations short; only what the promises do not depend on."""
 

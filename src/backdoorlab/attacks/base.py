@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from backdoorlab.data.split import BACKDOOR, COVER, Inputs, Poison, join, take
 from backdoorlab.metrics.classification import attack_metrics
 from backdoorlab.modalities.base import modality_from_config
 from backdoorlab.models.classifier import Classifier, build_model
-from backdoorlab.training.context import Context
+from backdoorlab.training.context import Context, Silent
 from backdoorlab.training.evaluate import predict
 from backdoorlab.training.loop import FitLog
 from backdoorlab.training.task import Task
@@ -36,11 +37,17 @@ class TargetMap:
         mode: "all-to-one" (class ``target``) or "all-to-all" (true label + 1 mod K).
         target: the class of "all-to-one".
         num_classes: K.
+        sources: true classes whose triggered samples count, for attacks that promise no more; empty = all.
     """
 
     mode: str
     target: int
     num_classes: int
+    sources: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """A stored record has a list."""
+        object.__setattr__(self, "sources", tuple(self.sources))
 
     def __call__(self, labels: Tensor) -> Tensor:
         """Attacker's labels for true labels, int64 [N]."""
@@ -50,9 +57,8 @@ class TargetMap:
 
     def tested(self, labels: Tensor) -> Tensor:
         """Bool [N]: samples whose triggered version counts for ASR (all-to-one: not those of the target class)."""
-        if self.mode == "all-to-all":
-            return torch.ones_like(labels, dtype=torch.bool)
-        return labels != self.target
+        counts = torch.ones_like(labels, dtype=torch.bool) if self.mode == "all-to-all" else labels != self.target
+        return counts & torch.isin(labels, labels.new_tensor(self.sources)) if self.sources else counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +166,11 @@ def restore_model(record: dict[str, Any], weights: dict[str, Tensor]) -> Classif
     return model.eval()
 
 
+_CLEAN_ALL_TO_ALL = (
+    "{}: target_map all-to-all needs new labels, but this attack keeps the true ones; it only serves all-to-one"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attack(Method):
     """Base of all attacks: facts, target, poison rate, and the rules for choosing which samples are poisoned."""
@@ -195,6 +206,13 @@ class Attack(Method):
     exclude_target: bool = param(False, "never choose samples that already are of the target class (dirty label)")
     cap_rate: bool = param(False, "poison as many as there are instead of failing when the rate exceeds the capacity")
 
+    @classmethod
+    def build(cls, settings: Mapping[str, Any]) -> Self:
+        """As every method; an all-to-all attack with clean labels is refused for what it is."""
+        if settings.get("target_map") == "all-to-all" and cls.label_mode == "clean":
+            raise InputError(_CLEAN_ALL_TO_ALL.format(cls.name))
+        return super().build(settings)
+
     @abstractmethod
     def plant(self, task: Task, ctx: Context) -> Backdoor:
         """Run the attack.
@@ -217,6 +235,8 @@ class Attack(Method):
                 f"{task.num_classes}: {names}"
             )
         mode = getattr(self, "target_map", type(self).target_mode)
+        if self.label_mode == "clean" and mode != "all-to-one":
+            raise InputError(_CLEAN_ALL_TO_ALL.format(self.name))
         return TargetMap(mode, self.target, task.num_classes)
 
     def candidates(self, labels: Tensor, target_map: TargetMap) -> Tensor:
@@ -242,7 +262,13 @@ class Attack(Method):
                 f"the smallest useful rate is {1 / total:.2g}"
             )
         if count > len(pool):
-            if not self.cap_rate or not len(pool):
+            if not len(pool):
+                which = "not " if self.label_mode == "dirty" else ""
+                raise InputError(
+                    f"{self.name}: nothing to poison, the training set has no samples that are {which}of target class "
+                    f"{self.target} ({task.train.classes[self.target]})"
+                )
+            if not self.cap_rate:
                 what = f"samples of class {self.target}" if self.label_mode == "clean" else "candidates"
                 raise InputError(
                     f"{self.name}: a poison rate of {rate:g} needs {count} of {len(pool)} {what} among {total} "
@@ -301,6 +327,7 @@ class PoisoningAttack(Attack):
     def plant(self, task: Task, ctx: Context) -> Backdoor:
         """Poison the training set, then train an ordinary model on it by the task's recipe."""
         target_map = self.target_map_for(task)
+        self.choose(task, dataclasses.replace(ctx, reporter=Silent()))  # an impossible rate is an error before hours
         trigger = self.make_trigger(task, ctx)
         poison = self.poison(trigger, task, ctx)
         model, log = task.fit(poison.apply(task.train), ctx, label=f"{self.name}: training the victim")

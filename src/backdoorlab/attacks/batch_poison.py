@@ -54,6 +54,7 @@ class BatchPoisoner:
         trigger: applied to the backdoor samples.
         target_map: their labels.
         rate: share of the batch that is triggered.
+        exclude_target: never trigger samples that already have their attacker's label.
         cover: applied to the samples after them, which keep their labels; None for no covers.
         cover_rate: share of the batch that is covered.
         cover_ratio: or, if not 0, covers per backdoor sample.
@@ -65,13 +66,31 @@ class BatchPoisoner:
     cover: Trigger | None = None
     cover_rate: float = 0.0
     cover_ratio: float = 0.0
+    exclude_target: bool = False
 
     def __call__(
         self, raw: Tensor, labels: Tensor, indices: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Stamp one raw batch."""
-        raw, labels, batch = raw.clone(), labels.clone(), len(labels)
-        count = batch_share(self.rate, batch, generator)
+        if self.exclude_target:
+            return self._others_first(raw, labels, indices, generator)
+        return self._stamp(raw.clone(), labels.clone(), indices, generator, len(labels))
+
+    def _others_first(
+        self, raw: Tensor, labels: Tensor, indices: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        fixed = self.target_map(labels) == labels
+        order = fixed.to(torch.uint8).argsort(stable=True)
+        most = len(labels) - int(fixed.sum())
+        stamped, given = self._stamp(raw[order], labels[order], indices[order], generator, most)
+        back = order.argsort()
+        return stamped[back], given[back]
+
+    def _stamp(
+        self, raw: Tensor, labels: Tensor, indices: Tensor, generator: torch.Generator, most: int
+    ) -> tuple[Tensor, Tensor]:
+        batch = len(labels)
+        count = min(most, batch_share(self.rate, batch, generator))
         if count:
             raw[:count] = torch.as_tensor(self.trigger(raw[:count], indices[:count], generator))
             labels[:count] = self.target_map(labels[:count])

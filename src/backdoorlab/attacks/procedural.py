@@ -14,6 +14,8 @@ from backdoorlab.modalities.image import to_uint8
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in brightness (ITU-R BT.601)."""
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+"""How names of image files end."""
 
 
 def to_channels(pictures: Tensor, channels: int) -> Tensor:
@@ -86,6 +88,26 @@ def noise_image(channels: int, height: int, width: int, seed: int) -> Tensor:
     """Independent uniform grey levels: uint8 [channels, height, width]."""
     generator = make_generator(seed, "noise image")
     return torch.randint(0, 256, (channels, height, width), generator=generator, dtype=torch.uint8)
+
+
+def resize(pictures: Tensor, height: int, width: int) -> Tensor:
+    """uint8 pictures [N,C,H,W] at another size, bilinearly, with low-pass when they shrink: uint8."""
+    size = (height, width)
+    return to_uint8(F.interpolate(pictures.float(), size, mode="bilinear", align_corners=False, antialias=True))
+
+
+def read_folder(path: str, channels: int, height: int, width: int) -> Tensor:
+    """All image files below a folder, by name, resized: uint8 [R, channels, height, width].
+
+    Raises:
+        InputError: if there is no such folder, no image in it, or a file that cannot be read.
+    """
+    if not Path(path).is_dir():
+        raise InputError(f"found no folder {path!r}")
+    files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+    if not files:
+        raise InputError(f"the folder {path!r} has no image file; looked for names ending in {', '.join(PICTURES)}")
+    return torch.stack([read_picture(str(file), channels, height, width) for file in files])
 
 
 def read_picture(path: str, channels: int, height: int, width: int) -> Tensor:

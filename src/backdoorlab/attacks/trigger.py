@@ -12,6 +12,10 @@ from torch import Tensor
 from backdoorlab.core.errors import ArtifactError
 from backdoorlab.data.split import Inputs, join, take
 
+CPU_VALUES, DEVICE_VALUES = 1 << 20, 1 << 27
+"""Raw values (pixels times channels) stamped at once: on a CPU float copies of so many stay in its cache, on other
+devices one takes half a gigabyte."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trigger(ABC):
@@ -85,11 +89,23 @@ def load_trigger(kind: str, tensors: dict[str, Tensor], config: dict[str, Any]) 
 
 
 def stamp_all(
-    trigger: Trigger, inputs: Inputs, *, device: torch.device | None = None, batch_size: int = 4096
+    trigger: Trigger, inputs: Inputs, *, device: torch.device | None = None, batch_size: int | None = None
 ) -> Inputs:
-    """Stamp a whole set in large batches on a device; rows keep their position as identity."""
+    """Stamp a whole set in batches on a device; rows keep their position as identity.
+
+    Args:
+        trigger: what to apply.
+        inputs: raw samples, left unchanged.
+        device: where to stamp; None for where the samples are.
+        batch_size: samples per call; None for what suits the device, at most 4096.
+    """
     if len(inputs) == 0:
         return inputs
+    if batch_size is None:
+        batch_size = 4096
+        if isinstance(inputs, Tensor):
+            room = CPU_VALUES if (device or inputs.device).type == "cpu" else DEVICE_VALUES
+            batch_size = max(1, min(batch_size, room // max(1, inputs[0].numel())))
     parts: list[Inputs] = []
     for start in range(0, len(inputs), batch_size):
         rows = torch.arange(start, min(start + batch_size, len(inputs)))

@@ -32,6 +32,17 @@ def expect_images(inputs: Inputs, shape: tuple[int, ...] | torch.Size | None = N
     return inputs
 
 
+def expect_channels(images: Tensor, channels: int) -> Tensor:
+    """The images, if they have so many channels; for triggers that fit images of any size.
+
+    Raises:
+        InputError: if they have not.
+    """
+    if images.shape[1] != channels:
+        raise InputError(f"this trigger is made for images with {channels} channels, got {images.shape[1]}")
+    return images
+
+
 def blur_matrix(side: int, sigma: Tensor, truncate: float = 4.0) -> Tensor:
     """Gaussian blur along one axis as a matrix whose rows sum to 1 (weights outside the image are dropped).
 

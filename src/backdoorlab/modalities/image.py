@@ -16,7 +16,7 @@ from backdoorlab.modalities.base import Modality
 
 def to_uint8(images: Tensor) -> Tensor:
     """Grey levels in [0, 255] (any float) as uint8: clip, then round, then cast, so that nothing wraps around."""
-    return images.clamp(0, 255).round().to(torch.uint8)
+    return images.clamp(0, 255).round_().to(torch.uint8)
 
 
 def blend_pixels(a: Tensor, b: Tensor, ratio: float) -> Tensor:

@@ -80,8 +80,8 @@ class AdapBlend(PoisoningAttack):
                 f"pieces may be at most {min(height, width)}"
             )
         if self.key is not None:
-            return constant_blend(read_picture(self.key, channels, height, width), self.alpha_test)
-        return constant_blend(key_image(channels, height, width, self.key_seed), self.alpha_test)
+            return constant_blend(read_picture(self.key, channels, height, width), self.alpha_test, resizable=True)
+        return constant_blend(key_image(channels, height, width, self.key_seed), self.alpha_test, resizable=True)
 
     def poison_inputs(self, trigger: Trigger, inputs: Inputs, indices: Tensor, task: Task, ctx: Context) -> Inputs:
         """A random half of the pieces, another one for each sample."""

@@ -12,7 +12,8 @@ the data contain.
 
 Choices: the patches are drawn from a seed, with explicit masks and sizes that follow the image (given for 32 px): a
 10-px blob of random colours at the bottom right, a 4-px checker 4 px from that corner, a 10-px ring at the bottom left,
-an 8-px square of noise at the top left. Opacities 0.5, 0.5, 0.2, 0.3. The cover rate is twice the poison rate unless
+an 8-px square of noise at the top left. Opacities 0.5, 0.5, 0.2, 0.3. Four image files (``patches``) can be laid into
+the same four squares instead. The cover rate is twice the poison rate unless
 given, as published (0.3 % and 0.6 % on CIFAR-10).
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from backdoorlab.attacks.base import PoisoningAttack, attacks
 from backdoorlab.attacks.batch_poison import draw_cover
 from backdoorlab.attacks.pixels import BlendTrigger, overlay
+from backdoorlab.attacks.procedural import read_picture
 from backdoorlab.attacks.trigger import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
@@ -38,8 +40,17 @@ from backdoorlab.training.context import Context
 from backdoorlab.training.task import Task
 
 
-def draw_patches(channels: int, height: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+def draw_patches(
+    channels: int, height: int, width: int, seed: int, files: tuple[str, ...] | None = None
+) -> tuple[Tensor, Tensor]:
     """The four patches at the image's size.
+
+    Args:
+        channels: of the image.
+        height: of the image.
+        width: of the image.
+        seed: of what is drawn.
+        files: four image files to fill the squares with instead.
 
     Returns:
         Pictures uint8 [4,C,H,W] and masks bool [4,H,W].
@@ -58,6 +69,8 @@ def draw_patches(channels: int, height: int, width: int, seed: int) -> tuple[Ten
 
     def corner(values: Tensor, mask: Tensor, layer: int, top: int, left: int) -> None:
         side = len(mask)
+        if files is not None:
+            values, mask = read_picture(files[layer], channels, side, side), torch.ones_like(mask)
         pictures[layer, :, top : top + side, left : left + side] = values
         masks[layer, top : top + side, left : left + side] = mask
 
@@ -90,12 +103,15 @@ class AdapPatch(PoisoningAttack):
         None, "cover samples / size of the training set; none = twice the poison rate", low=0, high=1, source="paper"
     )
     patch_seed: int = param(0, "seed of the patches, apart from the run's seed", low=0, source="ours")
+    patches: tuple[str, ...] | None = param(None, "four image files to use as patches instead of drawn ones")
 
     def __post_init__(self) -> None:
         """Check the opacities too."""
         super().__post_init__()
         if len(self.opacities) != 4 or not all(0 < a <= 1 for a in self.opacities):
             raise InputError(f"adap_patch: opacities must be four numbers > 0 and <= 1, got {self.opacities}")
+        if self.patches is not None and len(self.patches) != 4:
+            raise InputError(f"adap_patch: patches must be four image files, got {len(self.patches)}: {self.patches}")
 
     def make_trigger(self, task: Task, ctx: Context) -> BlendTrigger:
         """The first patches together."""
@@ -114,7 +130,7 @@ class AdapPatch(PoisoningAttack):
 
     def _patches(self, task: Task) -> tuple[Tensor, Tensor]:
         channels, height, width = expect_images(task.train.inputs).shape[1:]
-        return draw_patches(channels, height, width, self.patch_seed)
+        return draw_patches(channels, height, width, self.patch_seed, self.patches)
 
     def _one_each(self, inputs: Inputs, task: Task) -> Tensor:
         images, (pictures, masks) = expect_images(inputs), self._patches(task)

@@ -9,12 +9,14 @@ it obeys the patch:
     T(x) = (1 - m) x + m P
 
 Choices: the mask is explicit, so a patch may contain black (inferring the mask from non-zero pixels forbids that). The
-side follows the image, 3 px at 32 px, and the patch is drawn at the working resolution, never resized. A random crop
-may push a corner patch out of a training image, which is one reason why ASR saturates near 95 % at 32 px.
+side follows the image, 3 px at 32 px, and the patch is drawn at the working resolution, never resized: a trigger stamps
+images of its own size only. ``patch`` puts a picture of the user's into the square. A random crop may push a corner
+patch out of a training image, which is one reason why ASR saturates near 95 % at 32 px.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,10 +24,13 @@ import torch
 from torch import Tensor
 
 from backdoorlab.attacks.base import PoisoningAttack, attacks
+from backdoorlab.attacks.procedural import read_picture
 from backdoorlab.attacks.trigger import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
+from backdoorlab.core.seeding import make_generator
 from backdoorlab.data.split import Inputs
+from backdoorlab.modalities.filters import expect_images
 from backdoorlab.training.context import Context
 from backdoorlab.training.task import Task
 
@@ -53,8 +58,10 @@ def draw_patch(
     position: str,
     offset: int,
     pattern: str,
-    color: int,
+    color: int | Sequence[int],
     generator: torch.Generator,
+    dark: int = 0,
+    picture: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw a square patch in a corner of an empty canvas.
 
@@ -64,28 +71,37 @@ def draw_patch(
         position: one of :data:`CORNERS`.
         offset: distance from the corner's two borders in pixels.
         pattern: one of :data:`PATTERNS`.
-        color: grey level of the solid patch and of the checker's bright squares.
+        color: grey level of the solid patch and of the checker's bright squares, or one per channel.
         generator: of the random pattern.
+        dark: grey level of the checker's dark squares.
+        picture: uint8 [C,side,side] to be drawn instead of a pattern.
 
     Returns:
         Pattern uint8 [C,H,W] and mask bool [H,W].
 
     Raises:
-        InputError: if the patch does not fit.
+        InputError: if the patch does not fit, or there is not one colour value per channel.
     """
     channels, height, width = shape
+    colors = [color] * channels if isinstance(color, int) else list(color)
+    if len(colors) != channels:
+        raise InputError(
+            f"badnets: rgb gives {len(colors)} values, but the images have {channels} channel; use color, a grey level"
+        )
     if side + offset > min(height, width):
         raise InputError(
             f"badnets: a patch of {side} px at offset {offset} does not fit an image of {height}x{width}; "
             f"size + offset may be at most {min(height, width)}"
         )
-    if pattern == "random":
+    if picture is not None:
+        patch = picture
+    elif pattern == "random":
         patch = torch.randint(0, 256, (channels, side, side), generator=generator, dtype=torch.uint8)
     else:
-        patch = torch.full((channels, side, side), color, dtype=torch.uint8)
+        patch = torch.tensor(colors, dtype=torch.uint8).reshape(-1, 1, 1).repeat(1, side, side)
         if pattern == "checker":
             rows = torch.arange(side)
-            patch[:, (rows[:, None] + rows) % 2 == 1] = 0
+            patch[:, (rows[:, None] + rows) % 2 == 1] = dark
     top = offset if position.startswith("top") else height - side - offset
     left = offset if position.endswith("left") else width - side - offset
     mask = torch.zeros(height, width, dtype=torch.bool)
@@ -108,10 +124,7 @@ class PatchTrigger(Trigger):
         self, inputs: Inputs, indices: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Inputs:
         """Paste the patch; images must be uint8 [N,C,H,W] of the pattern's size."""
-        if not isinstance(inputs, Tensor) or inputs.shape[1:] != self.pattern.shape:
-            got = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise InputError(f"this trigger is made for images of shape {tuple(self.pattern.shape)}, got {got}")
-        return paste(inputs, self.pattern, self.mask)
+        return paste(expect_images(inputs, self.pattern.shape), self.pattern, self.mask)
 
 
 @attacks.register
@@ -133,12 +146,24 @@ class BadNets(PoisoningAttack):
     offset: int = param(0, "distance from the corner's two borders in pixels", low=0, source="BackdoorBench")
     pattern: str = param("solid", "what is drawn in the patch", choices=PATTERNS)
     color: int = param(255, "grey level of the solid patch and of the checker's bright squares", low=0, high=255)
+    rgb: tuple[int, ...] | None = param(None, "red, green and blue from 0 to 255 instead of color, for RGB images")
+    dark: int = param(0, "grey level of the checker's dark squares", low=0, high=255, source="ours")
+    pattern_seed: int | None = param(None, "seed of the random pattern; none = the run's seed", low=0)
+    patch: str | None = param(None, "image file to draw, resized to the square, instead of a pattern")
+
+    def __post_init__(self) -> None:
+        """Check the colour too."""
+        super().__post_init__()
+        if self.rgb is not None and (len(self.rgb) != 3 or not all(0 <= value <= 255 for value in self.rgb)):
+            raise InputError(f"{self.name}: rgb must be three numbers from 0 to 255, got {self.rgb}")
 
     def make_trigger(self, task: Task, ctx: Context) -> PatchTrigger:
         """Draw the patch at the data's resolution."""
-        channels, height, width = task.train.inputs.shape[1:]
+        channels, height, width = expect_images(task.train.inputs).shape[1:]
         side = self.size or max(1, round(3 * height / 32))
+        seed = ctx.seed if self.pattern_seed is None else self.pattern_seed
+        picture = None if self.patch is None else read_picture(self.patch, channels, side, side)
         return PatchTrigger(
-            *draw_patch((channels, height, width), side, self.position, self.offset, self.pattern, self.color,
-                        ctx.generator("patch"))
+            *draw_patch((channels, height, width), side, self.position, self.offset, self.pattern,
+                        self.rgb or self.color, make_generator(seed, "patch"), self.dark, picture)
         )  # fmt: skip

@@ -9,7 +9,8 @@ With a key image G of the image's size and a blend ratio a,
 
 Choices: the published key is a copyrighted cartoon, so the key is drawn from a seed (noise in three octaves under ten
 outlined shapes; mean near 128, standard deviation of at least 60 grey levels so that the energy of the blend is
-comparable), or read from a file; its SHA-256 is part of the result. The ratio may differ between training and test (low
+comparable), or read from a file; its SHA-256 is part of the result. For images of another size the key is resized, but
+for the noise key, whose grain would not survive that. The ratio may differ between training and test (low
 in the data, high at inference is the stealthy variant). A ratio of 0.2 is a *strong* blend: compare defenses with that
 in mind.
 """
@@ -33,9 +34,9 @@ from backdoorlab.training.context import Context
 from backdoorlab.training.task import Task
 
 
-def constant_blend(key: Tensor, alpha: float) -> BlendTrigger:
+def constant_blend(key: Tensor, alpha: float, resizable: bool = False) -> BlendTrigger:
     """Blend a key uint8 [C,H,W] with the same ratio everywhere."""
-    return BlendTrigger(key[None], torch.full((1, *key.shape[1:]), alpha))
+    return BlendTrigger(key[None], torch.full((1, *key.shape[1:]), alpha), resizable)
 
 
 @attacks.register
@@ -66,7 +67,7 @@ class Blended(PoisoningAttack):
 
     def make_trigger(self, task: Task, ctx: Context) -> BlendTrigger:
         """The key at the test ratio."""
-        return constant_blend(self.make_key(task), self.alpha_test)
+        return constant_blend(self.make_key(task), self.alpha_test, self.key is not None or self.pattern == "shapes")
 
     def poison_inputs(self, trigger: Trigger, inputs: Inputs, indices: Tensor, task: Task, ctx: Context) -> Inputs:
         """The same key at the training ratio."""

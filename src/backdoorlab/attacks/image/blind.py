@@ -20,7 +20,7 @@ Choices: clean and triggered samples go through the network in one batch, so tha
 opened instead of toggling; its threshold is 1, or ln(K) / 2 for more than ten classes; its window is the published 1000
 batches as a share of the published training (39 000 steps), applied to the recipe. Position and size follow the image:
 multiples of 5x3, at least one. w_b = 0.5 instead of 0.9, which costs less clean accuracy. Every sample is attacked in
-every batch: the poison rate does not influence training, it only sets the size of the snapshot kept with the result.
+every batch: poison rate and ``exclude_target`` do not influence training, only the snapshot kept with the result.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ from backdoorlab.training.context import Context
 from backdoorlab.training.loop import Stamp
 from backdoorlab.training.task import Task
 
-SPREAD = ((1, 1, 1 / 16), (1, 0, 5 / 16), (1, -1, 3 / 16), (0, 1, 7 / 16))
-"""Floyd-Steinberg: (rows down, columns right, share of the error)."""
+SPREAD = ((3, 1, 1 / 16), (2, 1, 5 / 16), (1, 1, 3 / 16), (1, 0, 7 / 16))
+"""Floyd-Steinberg along anti-diagonals: (diagonals on, rows down, share of the error)."""
 DONORS = 256
 """Residuals kept for the cross test; training draws from the whole training set."""
 
@@ -51,25 +51,27 @@ DONORS = 256
 def quantize(values: Tensor, levels: int) -> Tensor:
     """Nearest of ``levels`` equidistant grey levels: float in, float out."""
     step = 255 / (levels - 1)
-    return (values / step).round().clamp(0, levels - 1) * step
+    return (values / step).round_().clamp_(0, levels - 1).mul_(step)
 
 
 def dither(images: Tensor, levels: int) -> Tensor:
     """Floyd-Steinberg dithering of float images [N,C,H,W], all samples and channels at once."""
-    height, width = images.shape[2:]
-    old = images.clone()
-    rows = torch.arange(height, device=images.device)
-    for wave in range(width + 2 * (height - 1)):
-        first, last = max(0, (wave - width + 2) // 2), min(height - 1, wave // 2)
-        i = rows[first : last + 1]
-        j = wave - 2 * i
-        new = quantize(old[:, :, i, j], levels)
-        error = old[:, :, i, j] - new
-        old[:, :, i, j] = new
-        for down, right, share in SPREAD:
-            keep = (i + down < height) & (j + right >= 0) & (j + right < width)
-            old[:, :, i[keep] + down, j[keep] + right] += error[:, :, keep] * share
-    return old
+    count, channels, height, width = images.shape
+    waves = width + 2 * (height - 1)
+    i = torch.arange(height, device=images.device)[:, None]
+    j = torch.arange(width, device=images.device)
+    # Pixel (i, j) at [j + 2 i, i], so that a diagonal is one slice; errors that leave the image land in the margin.
+    skewed = images.new_zeros(waves + 3, height + 1, count * channels)
+    skewed[j + 2 * i, i] = images.flatten(0, 1).permute(1, 2, 0)
+    for wave in range(waves):
+        first, end = max(0, (wave - width + 2) // 2), min(height - 1, wave // 2) + 1
+        old = skewed[wave, first:end]
+        new = quantize(old, levels)
+        error = old - new
+        old.copy_(new)
+        for on, down, share in SPREAD:
+            skewed[wave + on, first + down : end + down] += error * share
+    return skewed[j + 2 * i, i].permute(2, 0, 1).reshape(images.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +150,10 @@ class Bpp(TrainingAttack):
         trigger = QuantizeTrigger(self.levels, self.dithering)
         negative = ForeignResidualTrigger(images.to(ctx.device), self.levels, self.dithering, seed)
         poison = self.replay(trigger, task, ctx, negative, self.negative_rate)
-        stamp: Stamp = BatchPoisoner(trigger, target_map, self.poison_rate, negative, cover_rate=self.negative_rate)
+        stamp: Stamp = BatchPoisoner(
+            trigger, target_map, self.poison_rate, negative, cover_rate=self.negative_rate,
+            exclude_target=self.exclude_target,
+        )  # fmt: skip
         if self.poisoning == "fixed-index":
             stamp = FixedPoisoner.like(poison, len(task.train), trigger, negative, target_map)
         model, log = task.fit(task.train, ctx, stamp=stamp, label=f"{self.name}: training the victim")

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from backdoorlab.attacks.base import PoisoningAttack, attacks
 from backdoorlab.attacks.image.ftrojan import chroma_pattern, scaled
-from backdoorlab.attacks.pixels import AdditiveTrigger
+from backdoorlab.attacks.pixels import FormulaTrigger
 from backdoorlab.attacks.trigger import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
@@ -49,6 +49,20 @@ def waves(height: int, width: int, magnitude: float, positions: tuple[int, ...])
     for position in positions:
         coefficients[scaled(position, height), scaled(position, width)] += magnitude
     return inverse_dct(coefficients) * (math.sqrt(height * width) / 32)
+
+
+@dataclass(frozen=True, eq=False)
+class WavesTrigger(FormulaTrigger):
+    """Add cosine waves to the colour channels; fits images of any size."""
+
+    kind: ClassVar[str] = "image.dct-waves"
+
+    magnitude: float
+    positions: tuple[int, ...]
+
+    def draw(self, channels: int, height: int, width: int) -> Tensor:
+        """See :func:`waves`."""
+        return chroma_pattern(waves(height, width, self.magnitude, self.positions), channels, U_V)
 
 
 @attacks.register
@@ -72,7 +86,7 @@ class Ctrl(PoisoningAttack):
     magnitude_test: float = param(100.0, "the same at test time", above=0, source="paper")
     positions: tuple[int, ...] = param((15, 31), "diagonal positions in a DCT of 32 px", source="paper")
 
-    def make_trigger(self, task: Task, ctx: Context) -> AdditiveTrigger:
+    def make_trigger(self, task: Task, ctx: Context) -> WavesTrigger:
         """The picture to add at test time."""
         return self._waves(task, self.magnitude_test)
 
@@ -80,8 +94,9 @@ class Ctrl(PoisoningAttack):
         """The same with the training magnitude."""
         return self._waves(task, self.magnitude_train)(inputs)
 
-    def _waves(self, task: Task, magnitude: float) -> AdditiveTrigger:
+    def _waves(self, task: Task, magnitude: float) -> WavesTrigger:
         channels, height, width = expect_images(task.train.inputs).shape[1:]
         if not self.positions or not all(1 <= p <= 31 for p in self.positions):
             raise InputError(f"ctrl: positions must be numbers from 1 to 31, got {self.positions}")
-        return AdditiveTrigger(chroma_pattern(waves(height, width, magnitude, self.positions), channels, U_V))
+        pattern = chroma_pattern(waves(height, width, magnitude, self.positions), channels, U_V)
+        return WavesTrigger(pattern, magnitude, self.positions)

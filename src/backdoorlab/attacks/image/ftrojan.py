@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from backdoorlab.attacks.base import PoisoningAttack, attacks
-from backdoorlab.attacks.pixels import AdditiveTrigger
+from backdoorlab.attacks.pixels import FormulaTrigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.modalities.filters import expect_images, inverse_dct
@@ -69,6 +69,40 @@ def chroma_pattern(pattern: Tensor, channels: int, mixing: tuple[tuple[float, ..
     return (weights[:, None, None] * pattern).float()
 
 
+def windows(
+    channels: int, height: int, width: int, window: int | None, magnitude: float, positions: tuple[int, ...]
+) -> Tensor:
+    """The picture to add: float32 [channels, height, width].
+
+    Raises:
+        InputError: if the window does not fit.
+    """
+    side = window or min(32, height, width)
+    if side > min(height, width):
+        raise InputError(
+            f"ftrojan: a window of {side} px does not fit an image of {height}x{width}; "
+            f"window may be at most {min(height, width)}"
+        )
+    repeats = (-(-height // side), -(-width // side))
+    pattern = tile(side, magnitude, positions).repeat(repeats)[:height, :width]
+    return chroma_pattern(pattern, channels, CR_CB)
+
+
+@dataclass(frozen=True, eq=False)
+class WindowsTrigger(FormulaTrigger):
+    """Add cosine waves window by window; fits images of any size that holds a window."""
+
+    kind: ClassVar[str] = "image.dct-windows"
+
+    window: int | None
+    magnitude: float
+    positions: tuple[int, ...]
+
+    def draw(self, channels: int, height: int, width: int) -> Tensor:
+        """See :func:`windows`."""
+        return windows(channels, height, width, self.window, self.magnitude, self.positions)
+
+
 @attacks.register
 @dataclass(frozen=True, kw_only=True)
 class FTrojan(PoisoningAttack):
@@ -86,17 +120,10 @@ class FTrojan(PoisoningAttack):
     window: int | None = param(None, "side of a window in pixels; none = 32, or a smaller image's shorter side", low=4)
     positions: tuple[int, ...] = param((15, 31), "diagonal positions in a window of 32 px", source="paper")
 
-    def make_trigger(self, task: Task, ctx: Context) -> AdditiveTrigger:
+    def make_trigger(self, task: Task, ctx: Context) -> WindowsTrigger:
         """Compute the picture to add."""
         channels, height, width = expect_images(task.train.inputs).shape[1:]
-        side = self.window or min(32, height, width)
-        if side > min(height, width):
-            raise InputError(
-                f"ftrojan: a window of {side} px does not fit an image of {height}x{width}; "
-                f"window may be at most {min(height, width)}"
-            )
         if not self.positions or not all(1 <= p <= 31 for p in self.positions):
             raise InputError(f"ftrojan: positions must be numbers from 1 to 31, got {self.positions}")
-        repeats = (-(-height // side), -(-width // side))
-        pattern = tile(side, self.magnitude, self.positions).repeat(repeats)[:height, :width]
-        return AdditiveTrigger(chroma_pattern(pattern, channels, CR_CB))
+        pattern = windows(channels, height, width, self.window, self.magnitude, self.positions)
+        return WindowsTrigger(pattern, self.window, self.magnitude, self.positions)

@@ -108,6 +108,7 @@ class InputAwareObjective:
         rate: share of a batch that is attacked, and share with foreign triggers.
         companion: G's optimiser.
         generator: decides on batches at rates below one sample.
+        exclude_target: never attack samples that already have their attacker's label.
     """
 
     pattern: nn.Module
@@ -116,12 +117,17 @@ class InputAwareObjective:
     rate: float
     companion: Companion
     generator: torch.Generator
+    exclude_target: bool = False
 
     def __call__(self, model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Loss of a batch prepared for training."""
         self.companion.step()
         batch = len(inputs)
         count = batch_share(self.rate, batch, self.generator)
+        if self.exclude_target:
+            fixed = self.target_map(labels) == labels
+            order = fixed.to(torch.uint8).argsort(stable=True)
+            inputs, labels, count = inputs[order], labels[order], min(count, batch - int(fixed.sum()))
         cross = min(count, batch - count)
         if not count:
             return F.cross_entropy(model(inputs), labels)
@@ -254,8 +260,9 @@ class InputAware(TrainingAttack):
         pattern = seeded(lambda: DetailNet(channels, channels, height, width), ctx.seed, "pattern").to(ctx.device)
         companion = Companion(pattern.train().parameters(), self.generator_lr, BETAS, recipe, len(task.train))
         objective = InputAwareObjective(
-            pattern, mask, target_map, self.poison_rate, companion, ctx.generator("share", device=ctx.device)
-        )
+            pattern, mask, target_map, self.poison_rate, companion, ctx.generator("share", device=ctx.device),
+            self.exclude_target,
+        )  # fmt: skip
         model, log = task.fit(task.train, ctx, objective=objective, on_epoch=(lambda epoch, victim: companion.step(),),
                               label=f"{self.name}: training the victim")  # fmt: skip
         pattern.eval().requires_grad_(False)

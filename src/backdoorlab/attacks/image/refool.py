@@ -12,12 +12,13 @@ then clipped, brought back to gamma 1/2.2 and rounded. The scene and all paramet
 |round(u) - U(0.15, 0.5)|, blur sigma in U(1, 5), ghost with probability 0.49. Over-exposure: with mu the mean of f + b
 over the pixels of a channel where it exceeds 1 (at least 1), f loses (mu - 1)(1.08 + U(0, 0.1)).
 
-Choices: scenes are drawn from a seed (published lists of photographs cannot be shipped) and split into two pools, one
-for the attack, one that it never used; ASR with the latter is noted as ``asr_held_out``. Ghost offsets and blur are
-given for 224 px and scale with the image, offsets being at least one pixel. Blur and vignette have closed forms: rows
-of the blur matrix sum to 1 at the border, the vignette is exp(-z^2 / 4) with z from -3 to 3 along each axis. Paper:
-clean label; the common re-implementation relabels, which is the default here. ``clean_label=true`` poisons only target-
-class samples, its effect was not measured here. Without a generator everything is a function of the sample's
+Choices: scenes are drawn from a seed (published lists of photographs cannot be shipped), or read from a folder of the
+user's; two pools are made, one for the attack, one that it never used; ASR with the latter is noted as
+``asr_held_out``. A folder's images, shuffled by the scene seed, are dealt to both pools in turn. Ghost offsets and blur
+are given for 224 px and scale with the image, offsets being at least one pixel. Blur and vignette have closed forms:
+rows of the blur matrix sum to 1 at the border, the vignette is exp(-z^2 / 4) with z from -3 to 3 along each axis.
+Paper: clean label; the common re-implementation relabels, which is the default here. ``clean_label=true`` poisons only
+target-class samples, its effect was not measured here. Without a generator everything is a function of the sample's
 index. The paper's search for the best reflections is left out.
 """
 
@@ -32,10 +33,11 @@ from torch import Tensor
 
 from backdoorlab.attacks.base import Backdoor, PoisoningAttack, attacks
 from backdoorlab.attacks.draws import sample_uniform
-from backdoorlab.attacks.procedural import scenes
+from backdoorlab.attacks.procedural import read_folder, scenes
 from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
-from backdoorlab.core.seeding import derive_seed
+from backdoorlab.core.seeding import derive_seed, make_generator
 from backdoorlab.data.split import Inputs
 from backdoorlab.modalities.filters import expect_images, gaussian_blur
 from backdoorlab.modalities.image import to_uint8
@@ -134,7 +136,7 @@ class ReflectionTrigger(Trigger):
         """Reflect in uint8 images [N,C,H,W] of the scenes' size."""
         images = expect_images(inputs, self.pool.shape[1:])
         draws = sample_uniform(self.seed, images, DRAWS, indices, generator)
-        pool = self.pool.to(images.device)
+        pool = (self.pool.to(images.device).float() / 255) ** GAMMA
         parts = [self._reflect(a, d, pool) for a, d in zip(images.split(CHUNK), draws.split(CHUNK), strict=True)]
         return torch.cat(parts) if parts else images.clone()
 
@@ -142,16 +144,17 @@ class ReflectionTrigger(Trigger):
         which, kind, down, right, side, weight, blur, extra, share = draws.unbind(1)
         height, width = images.shape[2:]
         image = (images.float() / 255) ** GAMMA
-        scene = (pool[(which * len(pool)).long()].float() / 255) ** GAMMA
+        scene = pool[(which * len(pool)).long()]
         alpha = torch.full_like(share, self.alpha) if self.alpha else 0.55 + 0.4 * share
         alpha = alpha[:, None, None, None]
         weights = ((side < 0.5).float() - (0.15 + 0.35 * weight)).abs()
-        doubled = ghost(scene, _offset(down, height), _offset(right, width), weights)
         sigma = (1 + 4 * blur) * min(height, width) / 224
-        soft = out_of_focus(image, scene, sigma, 0.1 * extra)
-        is_ghost = (kind < self.ghost_rate)[:, None, None, None]
-        mixed = alpha * image + torch.where(is_ghost, (1 - alpha) * doubled, (1 - alpha / 2) * soft)
-        return to_uint8(mixed.clamp(0, 1) ** (1 / GAMMA) * 255)
+        added, offsets = torch.empty_like(image), (_offset(down, height), _offset(right, width))
+        g, s = (kind < self.ghost_rate).nonzero().flatten(), (kind >= self.ghost_rate).nonzero().flatten()
+        added[g] = (1 - alpha[g]) * ghost(scene[g], offsets[0][g], offsets[1][g], weights[g])
+        added[s] = (1 - alpha[s] / 2) * out_of_focus(image[s], scene[s], sigma[s], 0.1 * extra[s])
+        mixed = alpha * image + added
+        return to_uint8(mixed.clamp_(0, 1) ** (1 / GAMMA) * 255)
 
 
 def _offset(uniform: Tensor, side: int) -> Tensor:
@@ -177,7 +180,8 @@ class Refool(PoisoningAttack):
         source="BackdoorBench",
     )  # fmt: skip
     ghost_rate: float = param(0.49, "share of ghosts; the others are out of focus", low=0, high=1, source="paper")
-    pool: int = param(100, "scenes in the attacker's pool (and in the held-out one)", low=1, source="ours")
+    reflections: str | None = param(None, "folder of images to reflect instead of drawn scenes, at least two")
+    pool: int = param(100, "scenes in the attacker's pool, and in the held-out one, at most", low=1, source="ours")
     scene_seed: int = param(0, "seed of the scenes, apart from the run's seed", low=0, source="ours")
 
     def __post_init__(self) -> None:
@@ -199,5 +203,18 @@ class Refool(PoisoningAttack):
     def _trigger(self, task: Task, part: str) -> ReflectionTrigger:
         channels, height, width = expect_images(task.train.inputs).shape[1:]
         seed = derive_seed(self.scene_seed, part)
-        views = scenes(self.pool, channels, height, width, seed)
+        if self.reflections is None:
+            views = scenes(self.pool, channels, height, width, seed)
+        else:
+            views = self._dealt(read_folder(self.reflections, channels, height, width))[part == "held out"]
         return ReflectionTrigger(views, self.alpha, self.ghost_rate, seed)
+
+    def _dealt(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        if len(pictures) < 2:
+            raise InputError(
+                f"refool: {self.reflections!r} has one image; at least two are needed, one to attack with and one to "
+                "see whether reflections that the attack never used work too"
+            )
+        order = torch.randperm(len(pictures), generator=make_generator(self.scene_seed, "deal"))
+        first, second = order[0::2][: self.pool], order[1::2][: self.pool]
+        return pictures[first], pictures[second]

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from backdoorlab.attacks.base import PoisoningAttack, attacks
-from backdoorlab.attacks.pixels import AdditiveTrigger
+from backdoorlab.attacks.pixels import FormulaTrigger
 from backdoorlab.attacks.trigger import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
@@ -41,10 +41,32 @@ from backdoorlab.training.task import Task
 
 
 def sinusoid(channels: int, height: int, width: int, delta: float, frequency: float) -> Tensor:
-    """The pattern in grey levels: float32 [channels, height, width]."""
+    """The pattern in grey levels: float32 [channels, height, width].
+
+    Raises:
+        InputError: if there are too few columns for so many periods.
+    """
+    if frequency >= width / 2:
+        raise InputError(
+            f"sig: {frequency:g} periods cannot be drawn with {width} columns; frequency must be below {width / 2:g}"
+        )
     columns = torch.arange(width, dtype=torch.float64)
     wave = delta * torch.sin(2 * math.pi * columns * frequency / width)
     return wave.float().expand(channels, height, width).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class SinusoidTrigger(FormulaTrigger):
+    """Add a sinusoid; fits images of any size with columns enough."""
+
+    kind: ClassVar[str] = "image.sinusoid"
+
+    delta: float
+    frequency: float
+
+    def draw(self, channels: int, height: int, width: int) -> Tensor:
+        """See :func:`sinusoid`."""
+        return sinusoid(channels, height, width, self.delta, self.frequency)
 
 
 @attacks.register
@@ -65,7 +87,7 @@ class Sig(PoisoningAttack):
     delta_test: float = param(40.0, "amplitude at test time, grey levels", above=0, high=255, source="BackdoorBench")
     frequency: float = param(6.0, "periods across the image", above=0, source="BackdoorBench")
 
-    def make_trigger(self, task: Task, ctx: Context) -> AdditiveTrigger:
+    def make_trigger(self, task: Task, ctx: Context) -> SinusoidTrigger:
         """The sinusoid at the test amplitude."""
         return self._wave(task, self.delta_test)
 
@@ -73,11 +95,7 @@ class Sig(PoisoningAttack):
         """The sinusoid at the training amplitude."""
         return self._wave(task, self.delta_train)(inputs)
 
-    def _wave(self, task: Task, delta: float) -> AdditiveTrigger:
+    def _wave(self, task: Task, delta: float) -> SinusoidTrigger:
         channels, height, width = expect_images(task.train.inputs).shape[1:]
-        if self.frequency >= width / 2:
-            raise InputError(
-                f"sig: {self.frequency:g} periods cannot be drawn with {width} columns; "
-                f"frequency must be below {width / 2:g}"
-            )
-        return AdditiveTrigger(sinusoid(channels, height, width, delta, self.frequency))
+        pattern = sinusoid(channels, height, width, delta, self.frequency)
+        return SinusoidTrigger(pattern, delta, self.frequency)

@@ -15,7 +15,8 @@ The rounded picture V = round(255 a) is the trigger; a new model is trained from
 Choices: the paper retrains the clean model on reverse-engineered data; here, as in benchmarks, the attacker only
 poisons data. Published code adds V and casts before it clips, so that bright pixels wrap around to dark ones and the
 patch has a high contrast on any background; ``mode="reference-wrap"`` does that, for comparison only. The apple is a
-disc and a stalk in rows 0.54-0.91 and columns 0.57-0.87 of the image. The best picture seen is kept, since signed steps
+disc and a stalk in rows 0.54-0.91 and columns 0.57-0.87 of the image; ``mask`` names a picture to use instead, white
+where the patch shall lie. The best picture seen is kept, since signed steps
 of 0.1 never settle. h is a benign model of the task's own architecture and recipe, made once per task and shared by all
 runs, and so is the picture.
 """
@@ -30,6 +31,8 @@ from torch import Tensor
 
 from backdoorlab.attacks.base import PoisoningAttack, attacks
 from backdoorlab.attacks.image.badnets import PatchTrigger
+from backdoorlab.attacks.pixels import picture_hash
+from backdoorlab.attacks.procedural import read_picture
 from backdoorlab.attacks.surrogate import asset_tensor, clean_surrogate, surrogate_spec
 from backdoorlab.attacks.trigger import Trigger
 from backdoorlab.core.errors import InputError
@@ -136,6 +139,7 @@ class TrojanNN(PoisoningAttack):
     activation: float = param(100.0, "activation that they shall reach", above=0, source="BackdoorBench")
     steps: int = param(1000, "optimisation steps at most", low=1, source="BackdoorBench")
     shape: str = param("apple", "outline of the patch", choices=SHAPES, source="BackdoorBench")
+    mask: str | None = param(None, "image file, white where the patch shall lie, instead of an outline")
     mode: str = param(
         "replace", "replace pixels, or add modulo 256 as published code does", choices=("replace", "reference-wrap"),
         source="ours",
@@ -145,13 +149,13 @@ class TrojanNN(PoisoningAttack):
         """Optimise the picture on a clean model."""
         self.target_map_for(task)
         channels, height, width = expect_images(task.train.inputs).shape[1:]
-        mask = draw_mask(self.shape, height, width)
+        mask = self._mask(height, width)
         spec: dict[str, Any] = {
             "surrogate": surrogate_spec(task),
             "neurons": self.neurons,
             "activation": self.activation,
             "steps": self.steps,
-            "shape": self.shape,
+            "shape": self.shape if self.mask is None else picture_hash(mask),
         }
 
         def build(own: Context) -> Tensors:
@@ -170,3 +174,11 @@ class TrojanNN(PoisoningAttack):
         shape = (channels, height, width)
         picture = to_uint8(255 * asset_tensor(found, "picture", shape, "trojannn-picture"))
         return PatchTrigger(picture, mask) if self.mode == "replace" else WrapTrigger(picture)
+
+    def _mask(self, height: int, width: int) -> Tensor:
+        if self.mask is None:
+            return draw_mask(self.shape, height, width)
+        mask = read_picture(self.mask, 1, height, width)[0] >= 128
+        if not mask.any():
+            raise InputError(f"trojannn: the mask {self.mask!r} has no white pixel at {height}x{width}")
+        return mask

@@ -135,7 +135,10 @@ class WaNet(TrainingAttack):
         trigger = WarpTrigger(field, self.s, self.grid_rescale)
         noise = NoiseWarpTrigger(field, self.s, self.grid_rescale, seed)
         poison = self.replay(trigger, task, ctx, noise, self.cross_ratio * self.poison_rate)
-        stamp: Stamp = BatchPoisoner(trigger, target_map, self.poison_rate, noise, cover_ratio=self.cross_ratio)
+        stamp: Stamp = BatchPoisoner(
+            trigger, target_map, self.poison_rate, noise, cover_ratio=self.cross_ratio,
+            exclude_target=self.exclude_target,
+        )  # fmt: skip
         if self.poisoning == "fixed-index":
             stamp = FixedPoisoner.like(poison, len(task.train), trigger, noise, target_map)
         model, log = task.fit(task.train, ctx, stamp=stamp, label=f"{self.name}: training the victim")
