@@ -216,7 +216,7 @@ def test_style_networks_start_at_the_identity_and_have_a_bounded_reach() -> None
     with torch.no_grad():
         network.out.weight.fill_(100.0)
     moved = torch.logit(network(x).double()) - torch.logit(x.double().clamp(0.02, 0.98))
-    assert float(moved.abs().max()) == pytest.approx(REACH, abs=1e-3)
+    assert moved.abs().max().item() == pytest.approx(REACH, abs=1e-3)
     assert seeded(lambda: PatchNet(3), 0, "D")(x).shape == (4, 1, 7, 7)
 
 

@@ -12,6 +12,19 @@ A hiding network H and a revealing network R are trained on the clean training i
     min  w MSE(T(x), x) + 13 MSE_e(R(A T(x)), I) + MSE_1-e(R(A T(x)), I) + 100 MSE(R(A x), white)
 
 where A rotates, crops and flips at random and I is drawn anew from what A made of x.
+
+Choices: the networks are slim and trained for hundreds of steps instead of 800 epochs in four stages; the adversarial
+stage is left out (in published experience it makes things worse). They are trained with the one colour that the trigger
+uses; ``palette="random"`` draws one for each picture as the paper does, and then needs far more steps until R tells
+colours apart. w and the clean term grow once edges can be read at all. On grey images the ink is its brightness. The
+pair is made once for the training images and shared by all runs, and judged on clean test images: PSNR at least 32 dB,
+squared errors of the revealed drawings at most 0.01; what is missed is told and kept in the notes ("gates_missed").
+Poisoned samples are ordinary data poisoning; ``mode="paired"`` is the published loop, half of each batch from the clean
+set and half from the mixed one without augmentation, so that half as much of a batch is poisoned. ``variant="edge"``
+needs no network: x + opacity e (c - x).
+
+Seen on embedded grey digits (16 px, recipe "smoke", one seed): 500 steps give ASR 0.99 at ACC 0.98, but PSNR 28.5 dB
+and an error of 0.034 on the ink, both beyond the gates: 61 % of a digit's pixels are edges.
 """
 
 from __future__ import annotations
