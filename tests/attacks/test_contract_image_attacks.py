@@ -300,6 +300,14 @@ FACTS = {
     "adap_patch": (2023, "poisoning", "dirty", "visible", False, False),
     "lf": (2021, "poisoning", "dirty", "subtle", False, True),
     "refool": (2020, "poisoning", "dirty", "visible", False, False),
+    "trojannn": (2018, "poisoning", "dirty", "visible", False, True),
+    "blind": (2021, "training", "dirty", "visible", False, False),
+    "input_aware": (2020, "training", "dirty", "visible", True, False),
+    "lc": (2019, "poisoning", "clean", "visible", False, True),
+    "narcissus": (2023, "poisoning", "clean", "subtle", False, True),
+    "lira": (2021, "training", "dirty", "invisible", True, False),
+    "ssba": (2021, "poisoning", "dirty", "invisible", True, True),
+    "poisonink": (2022, "poisoning", "dirty", "invisible", True, True),
 }
 
 
