@@ -24,7 +24,8 @@ from backdoorlab.attacks.detoxify import (
 )
 from backdoorlab.attacks.generators import Companion, seeded
 from backdoorlab.attacks.image.combat import Combat, CombatObjective, CombatTrigger, NoiseNet, low_pass_matrix
-from backdoorlab.attacks.image.dfst import Dfst, read_styles, sunsets
+from backdoorlab.attacks.image.dfst import Dfst, sunsets
+from backdoorlab.attacks.procedural import read_folder
 from backdoorlab.attacks.style import REACH, PatchNet, StyleNet, train_style
 from backdoorlab.attacks.surrogate import clean_surrogate
 from backdoorlab.core.errors import InputError
@@ -235,7 +236,7 @@ def test_style_from_a_folder(tmp_path: Path) -> None:
     for name, level in (("b.png", 200), ("a.png", 100)):
         Image.fromarray(np.full((10, 20, 3), level, dtype=np.uint8)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no picture")
-    found = read_styles(str(tmp_path), 1, 16, 16)
+    found = read_folder(str(tmp_path), 1, 16, 16)
     assert found.shape == (2, 1, 16, 16)
     assert found[:, 0, 0, 0].tolist() == [100, 200]
     attack = Dfst(style_images=str(tmp_path), style_steps=2)
@@ -247,7 +248,7 @@ def test_style_from_a_folder(tmp_path: Path) -> None:
 def test_folders_without_styles(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="found no folder"):
         Dfst(style_images=f"{tmp_path}/none").make_trigger(tiny(), Context())
-    with pytest.raises(InputError, match="found no image files"):
+    with pytest.raises(InputError, match="no image file"):
         Dfst(style_images=str(tmp_path)).make_trigger(tiny(), Context())
 
 

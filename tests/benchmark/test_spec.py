@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,3 +88,26 @@ def test_text_data_have_a_digest(digits_task: Task):
 
     assert data_digest(task("ab", "c")) == data_digest(task("ab", "c"))
     assert data_digest(task("ab", "c")) != data_digest(task("a", "bc"))
+
+
+def test_key_follows_the_content_of_the_users_files_not_their_names(digits_task: Task, tmp_path: Path):
+    def key(attack: str, **settings: object) -> str:
+        return attack_key(Experiment(task=digits_task.spec, attack=MethodSpec(attack, settings)), digits_task)
+
+    one, two = tmp_path / "one.png", tmp_path / "two.png"
+    one.write_bytes(b"1")
+    two.write_bytes(b"1")
+    before = key("badnets", patch=str(one))
+    assert before == key("badnets", patch=str(two)) != key("badnets")
+    two.write_bytes(b"2")
+    assert key("badnets", patch=str(two)) != before == key("badnets", patch=str(one))
+    folder = key("refool", reflections=str(tmp_path))
+    two.rename(tmp_path / "three.png")
+    renamed = key("refool", reflections=str(tmp_path))
+    assert renamed != folder, "reflections are dealt by name"
+    files = [str(one), str(one), str(one), str(tmp_path / "three.png")]
+    assert key("adap_patch", patches=files) != key("adap_patch", patches=files[::-1])
+    with pytest.raises(InputError, match=r"badnets: found no file or folder .*two.png' for patch"):
+        key("badnets", patch=str(two))
+    spec = resolve(Experiment(task=digits_task.spec, attack=MethodSpec("badnets", {"patch": str(one)})), digits_task)
+    assert attack_key(Experiment.from_json(spec), digits_task) == before

@@ -1,8 +1,8 @@
 """What is run: experiments as JSON, resolved against a loaded task, and the keys under which results are kept.
 
 A key is the hash of everything that a result depends on: the data (by content), the architecture, the recipe field by
-field, each method's hyper-parameters with defaults filled in, the text of the method's file, the seed, and
-:data:`CONTRACT`, which is raised whenever shared code (training loop, measuring) starts to give other numbers.
+field, each method's hyper-parameters with defaults filled in (files by content), the text of the method's file, the
+seed, and :data:`CONTRACT`, which is raised whenever shared code (training loop, measuring) starts to give others.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class MethodSpec:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> MethodSpec:
-        """Inverse of :meth:`to_json`; the "code" of a resolved spec is left out."""
-        _known("method", record, ("name", "settings", "assets", "code"))
+        """Inverse of :meth:`to_json`; "code" and "files" of a resolved spec are left out."""
+        _known("method", record, ("name", "settings", "assets", "code", "files"))
         return cls(str(record["name"]), dict(record.get("settings", {})), dict(record.get("assets", {})))
 
 
@@ -194,8 +194,11 @@ def defense_key(experiment: Experiment, task: Task) -> str:
 
 
 def stage_key(resolved: Mapping[str, Any]) -> str:
-    """Hash of a resolved spec. The recipe's name is only a label: its fields count instead."""
+    """Hash of a resolved spec. Names of recipes and files are only labels: fields and contents count instead."""
     spec = json.loads(canonical(resolved))
+    for method in (spec["attack"], spec["defense"]):
+        if method is not None:
+            method["settings"] |= method.get("files", {})
     spec["task"] = {k: v for k, v in spec["task"].items() if k not in ("recipe", "recipe_changes")}
     spec["resolved"]["recipe"].pop("name", None)
     return hashlib.sha256(canonical(spec).encode()).hexdigest()[:20]
@@ -241,7 +244,9 @@ def _split_digest(split: Split) -> bytes:
 def _method(method: Method | None) -> dict[str, Any] | None:
     if method is None:
         return None
-    return {"name": method.name, "settings": jsonable(method.settings()), "code": method.code_digest()}
+    files = method.file_digests()
+    own = {"files": files} if files else {}
+    return {"name": method.name, "settings": jsonable(method.settings()), "code": method.code_digest()} | own
 
 
 def _known(what: str, record: Mapping[str, Any], names: Any) -> None:

@@ -30,6 +30,7 @@ def param(
     above: float | None = None,
     choices: tuple[Any, ...] | None = None,
     source: str = "",
+    path: bool = False,
 ) -> Any:
     """Declare a hyper-parameter.
 
@@ -41,8 +42,10 @@ def param(
         above: bound that the value must exceed (exclusive).
         choices: the only legal values.
         source: where the default comes from ("paper", "BackdoorBench", "ours").
+        path: the value names a file or folder of the user's (or is a tuple of such); results are then kept by its
+            content, not its name.
     """
-    meta = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "source": source}
+    meta = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "source": source, "path": path}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -119,6 +122,15 @@ class Method:
         """All hyper-parameters with their values, JSON-able."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
+    def file_digests(self) -> dict[str, str]:
+        """Hash of the content behind each hyper-parameter that names files or folders, where one is given.
+
+        Raises:
+            InputError: if there is no such file or folder.
+        """
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("path")}
+        return {name: _content(self.name, name, value) for name, value in given.items() if value is not None}
+
     @classmethod
     def code_digest(cls) -> str:
         """Hash of the code that makes the method: its file and the files beside it that it is built from.
@@ -130,6 +142,24 @@ class Method:
         for path in sorted(_sources(cls)):
             digest.update(path.read_bytes())
         return digest.hexdigest()[:16]
+
+
+def _content(owner: str, field: str, value: str | tuple[str, ...]) -> str:
+    """Hash of a file, of all files below a folder with their names, or of several of these in turn."""
+    digest = hashlib.sha256()
+    for given in (value,) if isinstance(value, str) else value:
+        base = Path(given)
+        if not base.exists():
+            raise InputError(f"{owner}: found no file or folder {given!r} for {field}")
+        below = sorted(p for p in base.rglob("*") if p.is_file()) if base.is_dir() else [base]
+        for file in below:
+            try:
+                content = hashlib.sha256(file.read_bytes()).digest()
+            except OSError as error:
+                raise InputError(f"{owner}: {field}: {str(file)!r} cannot be read: {error.strerror}") from None
+            digest.update(f"{file.relative_to(base).as_posix()}\0".encode() + content)
+        digest.update(b"\0")
+    return digest.hexdigest()[:20]
 
 
 def _sources(cls: type) -> set[Path]:

@@ -68,7 +68,7 @@ class AdapBlend(PoisoningAttack):
     cover_rate: float | None = param(
         None, "cover samples / size of the training set; none = poison_rate", low=0, high=1, source="ours"
     )
-    key: str | None = param(None, "image file to use as the key instead of a drawn one")
+    key: str | None = param(None, "image file to use as the key instead of a drawn one", path=True)
     key_seed: int = param(0, "seed from which the key image is drawn, apart from the run's seed", low=0, source="ours")
 
     def make_trigger(self, task: Task, ctx: Context) -> BlendTrigger:

@@ -103,7 +103,7 @@ class AdapPatch(PoisoningAttack):
         None, "cover samples / size of the training set; none = twice the poison rate", low=0, high=1, source="paper"
     )
     patch_seed: int = param(0, "seed of the patches, apart from the run's seed", low=0, source="ours")
-    patches: tuple[str, ...] | None = param(None, "four image files to use as patches instead of drawn ones")
+    patches: tuple[str, ...] | None = param(None, "four image files to use as patches instead of drawn ones", path=True)
 
     def __post_init__(self) -> None:
         """Check the opacities too."""

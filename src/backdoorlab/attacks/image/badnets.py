@@ -149,7 +149,7 @@ class BadNets(PoisoningAttack):
     rgb: tuple[int, ...] | None = param(None, "red, green and blue from 0 to 255 instead of color, for RGB images")
     dark: int = param(0, "grey level of the checker's dark squares", low=0, high=255, source="ours")
     pattern_seed: int | None = param(None, "seed of the random pattern; none = the run's seed", low=0)
-    patch: str | None = param(None, "image file to draw, resized to the square, instead of a pattern")
+    patch: str | None = param(None, "image file to draw, resized to the square, instead of a pattern", path=True)
 
     def __post_init__(self) -> None:
         """Check the colour too."""

@@ -54,7 +54,7 @@ class Blended(PoisoningAttack):
     alpha_train: float = param(0.2, "blend ratio of poisoned training samples", above=0, high=1, source="BackdoorBench")
     alpha_test: float = param(0.2, "blend ratio at test time", above=0, high=1, source="BackdoorBench")
     pattern: str = param("shapes", "what the key image shows", choices=("shapes", "noise"), source="ours")
-    key: str | None = param(None, "image file to use as the key instead of a drawn one")
+    key: str | None = param(None, "image file to use as the key instead of a drawn one", path=True)
     key_seed: int = param(0, "seed from which the key image is drawn, apart from the run's seed", low=0, source="ours")
 
     def make_key(self, task: Task) -> Tensor:

@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -46,7 +45,7 @@ from backdoorlab.attacks.base import Backdoor, TrainingAttack, attacks
 from backdoorlab.attacks.batch_poison import draw_cover
 from backdoorlab.attacks.detoxify import inject, train_injector
 from backdoorlab.attacks.generators import generate, pack, seeded, unpack
-from backdoorlab.attacks.procedural import read_picture, scenes, to_channels
+from backdoorlab.attacks.procedural import read_folder, scenes, to_channels
 from backdoorlab.attacks.style import StyleNet, train_style
 from backdoorlab.attacks.surrogate import data_digest, load_weights
 from backdoorlab.attacks.trigger import Trigger
@@ -64,7 +63,6 @@ from backdoorlab.training.task import Task
 
 SUNSETS, SAMPLES = 256, 1000
 """Pictures that are drawn to learn a style from; benign samples on which neurons are looked at."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ZENITH, DUSK, GLOW, GROUND = (0.30, 0.20, 0.45), (0.95, 0.40, 0.30), (1.00, 0.78, 0.35), (0.14, 0.07, 0.10)
 """Colours of a sunset: the sky above, toward the horizon, at the sun, and the land before it."""
 
@@ -90,20 +88,6 @@ def sunsets(count: int, channels: int, height: int, width: int, seed: int) -> Te
     picture = torch.lerp(sky, land, torch.sigmoid(40 * (y - horizon)))
     detail = scenes(count, 1, height, width, seed).float() / 255
     return to_uint8(255 * to_channels(picture * (0.65 + 0.7 * detail), channels))
-
-
-def read_styles(folder: str, channels: int, height: int, width: int) -> Tensor:
-    """All image files of a folder, resized: uint8 [M, channels, height, width].
-
-    Raises:
-        InputError: if there is no such folder, or no image in it.
-    """
-    if not Path(folder).is_dir():
-        raise InputError(f"dfst: found no folder {folder!r}; style_images must name one that holds image files")
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise InputError(f"dfst: found no image files ({', '.join(SUFFIXES)}) in {folder!r}")
-    return torch.stack([read_picture(str(p), channels, height, width) for p in files])
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +147,9 @@ class Dfst(TrainingAttack):
         0.1, "rise that makes a neuron compromised / largest activation in its layer", low=0, source="ours"
     )
     others_weight: float = param(0.1, "weight of leaving other neurons alone", low=0, source="ours")
-    style_images: str | None = param(None, "folder of images in the style of the trigger; none = drawn sunsets")
+    style_images: str | None = param(
+        None, "folder of images in the style of the trigger; none = drawn sunsets", path=True
+    )
     style_seed: int = param(0, "seed of the drawn sunsets, apart from the run's seed", low=0, source="ours")
     style_steps: int = param(500, "training steps of the style network", low=1, source="ours")
     style_lr: float = param(1e-3, "Adam's learning rate for the style network", above=0, source="ours")
@@ -177,7 +163,7 @@ class Dfst(TrainingAttack):
         if self.style_images is None:
             styled = sunsets(SUNSETS, channels, height, width, self.style_seed)
         else:
-            styled = read_styles(self.style_images, channels, height, width)
+            styled = read_folder(self.style_images, channels, height, width)
         settings = (self.style_steps, self.style_lr, self.cycle_weight, self.identity_weight)
         spec = {
             "images": data_digest(images, task.train.labels[:0]),

@@ -180,7 +180,9 @@ class Refool(PoisoningAttack):
         source="BackdoorBench",
     )  # fmt: skip
     ghost_rate: float = param(0.49, "share of ghosts; the others are out of focus", low=0, high=1, source="paper")
-    reflections: str | None = param(None, "folder of images to reflect instead of drawn scenes, at least two")
+    reflections: str | None = param(
+        None, "folder of images to reflect instead of drawn scenes, at least two", path=True
+    )
     pool: int = param(100, "scenes in the attacker's pool, and in the held-out one, at most", low=1, source="ours")
     scene_seed: int = param(0, "seed of the scenes, apart from the run's seed", low=0, source="ours")
 

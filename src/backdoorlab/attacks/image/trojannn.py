@@ -139,7 +139,7 @@ class TrojanNN(PoisoningAttack):
     activation: float = param(100.0, "activation that they shall reach", above=0, source="BackdoorBench")
     steps: int = param(1000, "optimisation steps at most", low=1, source="BackdoorBench")
     shape: str = param("apple", "outline of the patch", choices=SHAPES, source="BackdoorBench")
-    mask: str | None = param(None, "image file, white where the patch shall lie, instead of an outline")
+    mask: str | None = param(None, "image file, white where the patch shall lie, instead of an outline", path=True)
     mode: str = param(
         "replace", "replace pixels, or add modulo 256 as published code does", choices=("replace", "reference-wrap"),
         source="ours",
