@@ -14,7 +14,7 @@ samples of the target class, m a mask (a square in a corner) and T(x) = (1 - m) 
 
 Choices: the teacher's task is the student's, since a benchmark has one; its first version is a benign model of the
 task's own architecture and recipe, made once per task and shared by all runs, and so is the patch. s, the mean squared
-distance of other classes' clean samples, makes w a pure number. In each batch of step 2 floor(rate B) samples of other
+distance of other classes' clean samples (at least 1 % of triggered ones'), makes w a pure number. In each batch of step 2 floor(rate B) samples of other
 classes are triggered, as training attacks of the benchmark do (the paper: all of them); clean and triggered ones go
 through the network together. L is the penultimate layer, so that the student trains one linear layer; ``layer`` names
 another module. Modules before it stay in evaluation mode, so batch norms keep their statistics too.
@@ -49,6 +49,10 @@ from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context, Tensors
 from backdoorlab.training.recipes import Recipe
 from backdoorlab.training.task import Task
+
+MOST = 100
+"""What the second term may be at most when training begins: samples that look all alike to the teacher (blank or random
+images) have no spread to measure distances in."""
 
 
 def represent(model: Classifier, x: Tensor, layer: str | None) -> tuple[Tensor, Tensor]:
@@ -261,8 +265,9 @@ class Lba(TrainingAttack):
         trigger = self.make_trigger(task, ctx)
         goal, clean = centre(teacher, images[own], self.layer), images[others[: self.samples]]
         triggered = expect_images(trigger(clean))
-        scale = distance(teacher, clean, goal, self.layer).clamp_min(1e-12)
-        before = distance(teacher, triggered, goal, self.layer) / scale
+        spread, far = (distance(teacher, part, goal, self.layer) for part in (clean, triggered))
+        scale = torch.maximum(spread, far / MOST).clamp_min(1e-12)
+        before = far / scale
         objective = LatentObjective(
             trigger.pattern.to(ctx.device) / 255, trigger.mask.to(ctx.device), goal, scale, self.layer, self.weight,
             self.poison_rate, self.target, ctx.generator("share", device=ctx.device),
