@@ -14,10 +14,11 @@ samples of the target class, m a mask (a square in a corner) and T(x) = (1 - m) 
 
 Choices: the teacher's task is the student's, since a benchmark has one; its first version is a benign model of the
 task's own architecture and recipe, made once per task and shared by all runs, and so is the patch. s, the mean squared
-distance of other classes' clean samples (at least 1 % of triggered ones'), makes w a pure number. In each batch of step 2 floor(rate B) samples of other
-classes are triggered, as training attacks of the benchmark do (the paper: all of them); clean and triggered ones go
-through the network together. L is the penultimate layer, so that the student trains one linear layer; ``layer`` names
-another module. Modules before it stay in evaluation mode, so batch norms keep their statistics too.
+distance of other classes' clean samples (at least 1 % of triggered ones'), makes w a pure number. In each batch of step
+2 floor(rate B) samples of other classes are triggered, as training attacks of the benchmark do (the paper: all of
+them); clean and triggered ones go through the network together. L is the penultimate layer, so that the student trains
+one linear layer; ``layer`` names another module. Modules before it stay in evaluation mode, so batch norms keep their
+statistics too.
 
 Seen on embedded grey digits (16 px, recipe "smoke", defaults, one seed): ASR 1.00 at ACC 0.986; the same student of an
 unattacked teacher obeys the patch in less than 0.2 of cases, a benign model in 0.003.
