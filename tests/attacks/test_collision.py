@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from backdoorlab.attacks.base import PoisoningAttack
-from backdoorlab.attacks.collision import PlacedPatchTrigger, corners_from, greedy_pairs, paste_at, retrain_head
+from backdoorlab.attacks.collision import (
+    CollisionAttack,
+    PlacedPatchTrigger,
+    corners_from,
+    greedy_pairs,
+    paste_at,
+    retrain_head,
+)
 from backdoorlab.attacks.image.fc import Fc, attract, distance_and_gradient, forward_backward
 from backdoorlab.attacks.image.htba import Htba, draw_colours, hide
 from backdoorlab.attacks.image.tuap import Tuap, margins, targeted_deepfool, universal_perturbation
@@ -234,6 +241,18 @@ def test_victim_from_scratch_is_another_network(attack: PoisoningAttack) -> None
     assert torch.equal(tuned.model.state_dict()[weight], clean_surrogate(task, context).state_dict()[weight])
     assert not torch.equal(fresh.model.state_dict()[weight], tuned.model.state_dict()[weight])
     assert (tuned.notes["victim"], fresh.notes["victim"]) == ("finetune", "scratch")
+
+
+@pytest.mark.parametrize("attack", [Htba(poison_rate=0.1, steps=3), Fc(poison_rate=0.1, steps=3)], ids=lambda a: a.name)
+def test_decay_of_the_new_head_is_the_recipes_unless_given(attack: CollisionAttack) -> None:
+    task = tiny_task()
+    heads = [
+        head(dataclasses.replace(attack, head_decay=decay).plant(task, SHARED).model).weight.detach()
+        for decay in (None, task.recipe.weight_decay, 0.0, 10.0)
+    ]
+    assert torch.equal(heads[0], heads[1])
+    norms = [float(weight.norm()) for weight in heads]
+    assert norms[3] < norms[0] < norms[2]
 
 
 # --- TUAP -------------------------------------------------------------------------------------------------------------

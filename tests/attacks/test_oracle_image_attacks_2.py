@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,7 +33,7 @@ from backdoorlab.attacks.image.input_aware import (
 )
 from backdoorlab.attacks.image.lc import draw_corners, perturb, robust_surrogate
 from backdoorlab.attacks.image.lira import LiraObjective, LiraTrigger
-from backdoorlab.attacks.image.narcissus import optimise_noise
+from backdoorlab.attacks.image.narcissus import foreign_split, optimise_noise
 from backdoorlab.attacks.image.trojannn import WrapTrigger, draw_mask, excite, strongest_units
 from backdoorlab.core.errors import BackdoorLabError, InputError
 from backdoorlab.data.split import Dataset, Split
@@ -419,6 +422,37 @@ def test_narcissus_amplifies_at_test_time(digits_task: Task) -> None:
     images = digits_task.test.inputs
     wanted = (images.double() + 3 * hidden).clamp(0, 255).round().to(torch.uint8)
     assert torch.equal(trigger(images), wanted)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 12, 20)])
+def test_narcissus_surrogate_knows_the_target_class_and_foreign_data_alone(
+    tmp_path: Path, mode: str, shape: tuple[int, int, int]
+) -> None:
+    for name, level in (("bird", 60), ("ship", 190)):
+        (tmp_path / name).mkdir()
+        for k in range(30):
+            Image.new(mode, (24, 24), level if mode == "L" else (level, level, level)).save(
+                tmp_path / name / f"{k}.png"
+            )
+    own = torch.randint(256, (2, *shape), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    split = foreign_split(str(tmp_path), own, torch.Generator().manual_seed(0))
+    assert split.classes == ("bird", "ship", "target class")
+    assert len(split) == 22, "ten foreign images for each of the target class, though the folder has sixty"
+    assert torch.equal(split.inputs[-2:], own)
+    assert split.labels[-2:].tolist() == [2, 2]
+    levels = split.inputs[:-2].float().flatten(1).mean(1)
+    assert torch.allclose(levels, torch.tensor([60.0, 190.0])[split.labels[:-2]], atol=1)
+
+
+def test_narcissus_takes_foreign_data_that_can_be_used(digits_task: Task, tmp_path: Path) -> None:
+    attack = attacks.get("narcissus", "image")
+    with pytest.raises(InputError, match="leave out foreign"):
+        attack.build({"surrogate": "own", "foreign": str(tmp_path)})
+    with pytest.raises(InputError, match=r"folder|images"):
+        attack.build({"foreign": str(tmp_path), "poison_rate": 0.05}).plant(digits_task, Context())
+    with pytest.raises(InputError, match="nowhere"):
+        attack.build({"foreign": str(tmp_path / "nowhere"), "poison_rate": 0.05}).plant(digits_task, Context())
 
 
 # --- LIRA -------------------------------------------------------------------------------------------------------------

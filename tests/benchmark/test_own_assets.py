@@ -88,9 +88,24 @@ def test_a_file_that_does_not_fit(
 def test_a_surrogate_of_another_architecture(runner: Runner, tmp_path: Path, name: str) -> None:
     save_file({"conv.weight": torch.zeros(4, 1, 3, 3)}, tmp_path / "own.safetensors")
     key = runner.keep_asset("clean-surrogate", tmp_path / "own.safetensors")
-    experiment = Experiment(task=TASK, attack=MethodSpec(name, {"poison_rate": 0.05}, {"clean-surrogate": key}))
+    settings = {"poison_rate": 0.05} | ({"surrogate": "own"} if name == "narcissus" else {})
+    experiment = Experiment(task=TASK, attack=MethodSpec(name, settings, {"clean-surrogate": key}))
     with pytest.raises(InputError, match=r"asset clean-surrogate (lacks|:)"):
         runner.attack(experiment)
+
+
+@pytest.mark.parametrize(("name", "settings", "kind"), [
+    ("narcissus", {}, "clean-surrogate"),
+    ("narcissus", {"surrogate": "own"}, "foreign-surrogate"),
+    ("lc", {}, "clean-surrogate"),
+    ("lc", {"surrogate": "clean"}, "robust-surrogate"),
+])  # fmt: skip
+def test_a_file_that_would_not_be_used(
+    runner: Runner, tmp_path: Path, name: str, settings: dict[str, object], kind: str
+) -> None:
+    key = runner.keep_asset(kind, pattern(tmp_path / "own.safetensors", 0.1))
+    with pytest.raises(InputError, match=f"{name} does not use the asset '{kind}' with these hyper-parameters, but: "):
+        runner.attack(Experiment(task=TASK, attack=MethodSpec(name, {"poison_rate": 0.05, **settings}, {kind: key})))
 
 
 def test_a_benign_run_of_ones_own_serves_as_surrogate(runner: Runner) -> None:

@@ -213,6 +213,10 @@ class Attack(Method):
             raise InputError(_CLEAN_ALL_TO_ALL.format(cls.name))
         return super().build(settings)
 
+    def assets_in_use(self) -> tuple[str, ...]:
+        """Those of :attr:`asset_kinds` that it makes with these hyper-parameters: only they can be replaced."""
+        return self.asset_kinds
+
     @abstractmethod
     def plant(self, task: Task, ctx: Context) -> Backdoor:
         """Run the attack.

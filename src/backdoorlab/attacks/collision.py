@@ -172,6 +172,12 @@ class CollisionAttack(PoisoningAttack):
         choices=("finetune", "scratch"),
         source="paper",
     )
+    head_decay: float | None = param(
+        None,
+        "weight decay of the victim's new head: the lower, the more of a small patch is learned; none = the recipe's",
+        low=0,
+        source="ours",
+    )
 
     @abstractmethod
     def collide(self, model: Classifier, images: Tensor, sources: Tensor, trigger: Trigger, ctx: Context) -> Tensor:
@@ -207,7 +213,8 @@ class CollisionAttack(PoisoningAttack):
         poison = self.poison(trigger, task, ctx)
         model = clean_surrogate(task, ctx)
         label = f"{self.name}: training the victim's head"
-        log = retrain_head(model, poison.apply(task.train), task.recipe.weight_decay, ctx, label)
+        decay = task.recipe.weight_decay if self.head_decay is None else self.head_decay
+        log = retrain_head(model, poison.apply(task.train), decay, ctx, label)
         return Backdoor(model, trigger, target_map, poison, log, notes=self.notes(trigger, poison, task))
 
     def notes(self, trigger: Trigger, poison: Poison, task: Task) -> dict[str, Any]:

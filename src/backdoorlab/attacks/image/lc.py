@@ -154,6 +154,10 @@ class Lc(PoisoningAttack):
     )
     surrogate_eps: float = param(8.0, "strength of adversarial training, in grey levels", above=0, source="ours")
 
+    def assets_in_use(self) -> tuple[str, ...]:
+        """The surrogate that was chosen."""
+        return (f"{self.surrogate}-surrogate",)
+
     def make_trigger(self, task: Task, ctx: Context) -> AdditiveTrigger:
         """The corners."""
         channels, height, width = expect_images(task.train.inputs).shape[1:]

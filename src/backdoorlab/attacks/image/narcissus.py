@@ -35,17 +35,72 @@ from torch import Tensor
 
 from backdoorlab.attacks.base import PoisoningAttack, attacks
 from backdoorlab.attacks.pixels import AdditiveTrigger
-from backdoorlab.attacks.surrogate import asset_tensor, clean_surrogate, surrogate_spec
+from backdoorlab.attacks.procedural import resize, to_channels
+from backdoorlab.attacks.surrogate import asset_tensor, clean_surrogate, load_weights, surrogate_spec
 from backdoorlab.attacks.trigger import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
-from backdoorlab.data.split import Inputs
+from backdoorlab.data.sources import load_dataset
+from backdoorlab.data.split import Inputs, Split
 from backdoorlab.modalities.filters import expect_images
-from backdoorlab.modalities.image import ImageModality, random_crop, random_flip
+from backdoorlab.modalities.image import ImageModality, random_crop, random_flip, to_uint8
 from backdoorlab.models.anatomy import frozen
-from backdoorlab.models.classifier import Classifier
+from backdoorlab.models.classifier import Classifier, build_model
 from backdoorlab.training.context import Context, Tensors
 from backdoorlab.training.task import Task
+
+CROWD = 10
+"""At most so many foreign images for each of the target class, which would be drowned otherwise."""
+
+
+def foreign_split(folder: str | None, images: Tensor, generator: torch.Generator) -> Split:
+    """Foreign images in the target images' form, and these as one more class, the last.
+
+    Args:
+        folder: with one folder of images per class; None for drawn shapes.
+        images: uint8 [N,C,H,W], of the target class.
+        generator: chooses among the foreign ones.
+
+    Raises:
+        InputError: if the folder cannot be used.
+    """
+    channels, height, width = images.shape[1:]
+    name = "shapes" if folder is None else f"folder:{folder}"
+    found = load_dataset(name, size=max(height, width)).train
+    rows = torch.randperm(len(found), generator=generator)[: CROWD * len(images)]
+    foreign = resize(expect_images(found.inputs)[rows], height, width)
+    if foreign.shape[1] != channels:
+        foreign = to_uint8(to_channels(foreign.expand(-1, 3, -1, -1).float(), channels))
+    labels = torch.cat([found.labels[rows], torch.full((len(images),), found.num_classes)])
+    return Split(torch.cat([foreign, images]), labels, (*found.classes, "target class"))
+
+
+def foreign_surrogate(task: Task, folder: str | None, files: str, target: int, ctx: Context) -> tuple[Classifier, int]:
+    """A model that knows the target class and foreign data, but no other class of the task.
+
+    Args:
+        task: gives target images, architecture and recipe.
+        folder: see :func:`foreign_split`.
+        files: hash of the folder's content, "" without one.
+        target: class of the task.
+        ctx: seed, device, cache.
+
+    Returns:
+        The model, frozen, and its index of the target class.
+    """
+    images = expect_images(task.train.inputs)[task.train.labels == target]
+    split = foreign_split(folder, images, ctx.generator("foreign"))
+
+    def build(own: Context) -> Tensors:
+        model = build_model(task.spec.model, task.modality, split.num_classes, own.seed).to(own.device)
+        task.fit(split, own, model=model, label="narcissus: training a surrogate on foreign data")
+        return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+
+    spec = surrogate_spec(task) | {"target": target, "foreign": files}
+    weights = ctx.asset("foreign-surrogate", spec, build)
+    model = build_model(task.spec.model, task.modality, split.num_classes, ctx.seed).to(ctx.device)
+    load_weights(model, weights, "foreign-surrogate")
+    return model, split.num_classes - 1
 
 
 def optimise_noise(
@@ -97,13 +152,34 @@ class Narcissus(PoisoningAttack):
     trigger_visibility: ClassVar[str] = "subtle"
     label_mode: ClassVar[str] = "clean"
     needs_surrogate: ClassVar[bool] = True
-    asset_kinds: ClassVar[tuple[str, ...]] = ("narcissus-noise", "clean-surrogate")
+    asset_kinds: ClassVar[tuple[str, ...]] = ("narcissus-noise", "foreign-surrogate", "clean-surrogate")
 
+    surrogate: str = param(
+        "foreign",
+        "knows foreign data and the target class, or all of the task (a noise that misleads benign models, too)",
+        choices=("foreign", "own"),
+        source="paper",
+    )
+    foreign: str | None = param(
+        None, "folder with one folder of images per class; none = drawn shapes", source="paper (another set)", path=True
+    )
     eps: float = param(16.0, "largest value of the noise, in grey levels", above=0, high=255, source="paper")
     steps: int = param(1000, "optimisation steps", low=1, source="paper")
     lr: float = param(0.01, "Adam's learning rate, as a share of the grey range", above=0, source="paper")
     factor_train: float = param(1.0, "factor on the noise in training samples", above=0, source="paper")
     factor_test: float = param(3.0, "factor on the noise at test time", above=0, source="paper")
+
+    def __post_init__(self) -> None:
+        """As every method; foreign data only serves a foreign surrogate."""
+        super().__post_init__()
+        if self.foreign is not None and self.surrogate == "own":
+            raise InputError(
+                "narcissus: a surrogate that knows all of the task needs no foreign data; leave out foreign"
+            )
+
+    def assets_in_use(self) -> tuple[str, ...]:
+        """The noise, and the surrogate that was chosen."""
+        return "narcissus-noise", "clean-surrogate" if self.surrogate == "own" else "foreign-surrogate"
 
     def make_trigger(self, task: Task, ctx: Context) -> AdditiveTrigger:
         """The noise as amplified at test time."""
@@ -118,8 +194,11 @@ class Narcissus(PoisoningAttack):
         images = expect_images(task.train.inputs)[task.train.labels == self.target]
         if not len(images):
             raise InputError(f"narcissus: the training set has no samples of class {self.target}")
+        files = self.file_digests().get("foreign", "")
         spec: dict[str, Any] = {
             "surrogate": surrogate_spec(task),
+            "knows": self.surrogate,
+            "foreign": files,
             "target": self.target,
             "eps": self.eps,
             "steps": self.steps,
@@ -127,8 +206,11 @@ class Narcissus(PoisoningAttack):
         }
 
         def build(own: Context) -> Tensors:
-            model = clean_surrogate(task, own)
-            noise = optimise_noise(model, images, self.target, self.eps / 255, self.steps, self.lr, own)
+            if self.surrogate == "own":
+                model, target = clean_surrogate(task, own), self.target
+            else:
+                model, target = foreign_surrogate(task, self.foreign, files, self.target, own)
+            noise = optimise_noise(model, images, target, self.eps / 255, self.steps, self.lr, own)
             return {"noise": 255 * noise}
 
         found = ctx.asset("narcissus-noise", spec, build)
