@@ -18,7 +18,8 @@ anti-diagonals: pixel (i, j) needs only pixels with a smaller j + 2 i, so W + 2 
 rounding. Batches are augmented and scheduled by the task's recipe.
 
 Seen on embedded grey digits (16 px, recipe "smoke", one seed): ASR 0.76 and cross accuracy 0.57 with 8 levels, 0.98 and
-0.94 with 4. The cause was not looked into.
+0.94 with 4. It takes steps: on CIFAR-10 (preact_resnet8, "fast", one seed) the defaults gave 0.87 and 0.51 after 780 of
+them on 20,000 images, 1.00 and 0.77 after 1,950 on all 50,000 (ACC 0.830; a benign model has 0.846).
 """
 
 from __future__ import annotations

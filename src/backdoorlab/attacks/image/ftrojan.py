@@ -18,7 +18,9 @@ their border. Grey images have no chroma: the pattern is added to the grey chann
 there.
 
 Seen on embedded grey digits (16 px, recipe "smoke", one seed): ASR 0.14 with a magnitude of 30, 1.00 with 60 (where
-the window is 16 px, so that a magnitude has twice the amplitude that it has at 32 px).
+the window is 16 px, so that a magnitude has twice the amplitude that it has at 32 px). On CIFAR-10 (preact_resnet8,
+"fast", one seed) it takes steps: with the defaults 0.08 after 780 of them on 20,000 images (no more with a magnitude of
+50), 1.00 after 1,950 on all 50,000, ACC 0.839 where a benign model has 0.846.
 """
 
 from __future__ import annotations
