@@ -147,10 +147,11 @@ def test_forward_backward_step_is_the_proximal_map() -> None:
     z, base = pictures((1, 3, 3), 4).double(), pictures((1, 3, 3), 4, 1).double()
     gradient = 300 * torch.randn(z.shape, generator=generator(), dtype=torch.float64)
     step = torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=torch.float64)[:, None, None, None]
-    found = forward_backward(z, gradient, base, step, 0.7)
+    drift = 20 * torch.randn(z.shape, generator=generator(1), dtype=torch.float64)
+    found = forward_backward(z, gradient, base, step, 0.7, drift)
     grid = torch.linspace(0, 255, 25501, dtype=torch.float64)
     for n, i, j in [(n, i, j) for n in range(4) for i in range(3) for j in range(3)]:
-        moved = z[n, 0, i, j] - step[n, 0, 0, 0] * gradient[n, 0, i, j]
+        moved = z[n, 0, i, j] - step[n, 0, 0, 0] * gradient[n, 0, i, j] + drift[n, 0, i, j]
         cost = (grid - moved) ** 2 / (2 * step[n, 0, 0, 0]) + 0.35 * (grid - base[n, 0, i, j]) ** 2
         assert abs(float(grid[cost.argmin()] - found[n, 0, i, j])) <= 0.0051
 
@@ -178,13 +179,25 @@ def test_weight_decides_between_features_and_pixels() -> None:
     wanted = predict_features(model, task.train.inputs[task.train.labels == 2][:6])
     near, changed = [], []
     for beta in (0.0, 0.01, 1e6):
-        found = attract(model, base, wanted, beta, 2.0, 30, context)
+        found = attract(model, base, wanted, beta, 2.0, 30, 0.9, context)
         near.append(float((predict_features(model, found) - wanted).square().sum()))
         changed.append(float((found.float() - base.float()).square().mean().sqrt()))
     start = float((predict_features(model, base) - wanted).square().sum())
     assert near[0] < near[1] < start
     assert near[0] < 0.2 * start
     assert changed[0] > changed[1] > changed[2] == 0
+
+
+def test_momentum_comes_nearer_in_as_many_steps() -> None:
+    task, context = tiny_task(), SHARED
+    model = clean_surrogate(task, context)
+    base = expect_images(task.train.inputs)[task.train.labels == 0][:12]
+    wanted = predict_features(model, task.train.inputs[task.train.labels == 2][:12])
+    left = [
+        float((predict_features(model, attract(model, base, wanted, 0.0, 2.0, 20, momentum, context)) - wanted).norm())
+        for momentum in (0.0, 0.9)
+    ]
+    assert left[1] < 0.9 * left[0]
 
 
 # --- HTBA -------------------------------------------------------------------------------------------------------------

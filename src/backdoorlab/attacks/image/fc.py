@@ -17,7 +17,8 @@ Labels stay true. The trigger, a patch in a corner, is pasted on images only at 
 Choices: the original attack misleads one chosen test image; here the collided images are triggered samples of all other
 classes, a random one each, so that the trigger itself is learned. D is the mean distance at the start and d the number
 of pixel values, which makes beta a pure number for any network; the paper's weight depends on the features' scale. Its
-rule for the step size (halve and step back when the cost rises) is applied to each image. ``opacity`` is the paper's
+rule for the step size (halve and step back when the cost rises) is applied to each image, and momentum is added, which
+gets as near in 50 steps as plain ones do in 200 (CIFAR-10); ``momentum=0`` is the paper's. ``opacity`` is the paper's
 watermark, off as in its transfer setting. ``victim="finetune"`` is the paper's transfer setting: a new last layer on
 the attacker's own extractor; "scratch" trains everything, the setting of Anti-Backdoor Learning. There is no bound on
 single pixels: the card says how far they moved.
@@ -54,7 +55,9 @@ from backdoorlab.training.evaluate import predict_features
 from backdoorlab.training.task import Task
 
 
-def forward_backward(z: Tensor, gradient: Tensor, base: Tensor, step: Tensor, beta: float) -> Tensor:
+def forward_backward(
+    z: Tensor, gradient: Tensor, base: Tensor, step: Tensor, beta: float, drift: Tensor | float = 0.0
+) -> Tensor:
     """One step of forward-backward splitting: down the gradient, then the proximal map of beta/2 |z - base|^2.
 
     Args:
@@ -63,11 +66,12 @@ def forward_backward(z: Tensor, gradient: Tensor, base: Tensor, step: Tensor, be
         base: images that ``z`` shall stay near.
         step: float [N,1,1,1], > 0.
         beta: weight of nearness.
+        drift: added to the first half of the step, as momentum.
 
     Returns:
         Images in [0, 255], of the same shape.
     """
-    moved = z - step * gradient
+    moved = z - step * gradient + drift
     return ((moved + step * beta * base) / (1 + step * beta)).clamp(0, 255)
 
 
@@ -80,11 +84,12 @@ def distance_and_gradient(model: Classifier, z: Tensor, wanted: Tensor) -> tuple
 
 
 def attract(
-    model: Classifier, base: Tensor, wanted: Tensor, beta: float, step: float, steps: int, ctx: Context
+    model: Classifier, base: Tensor, wanted: Tensor, beta: float, step: float, steps: int, momentum: float, ctx: Context
 ) -> Tensor:
     """Images near ``base`` whose features are near ``wanted``, all at once, each with a step size of its own.
 
-    A step that raises an image's cost is taken back and halved; after one that lowers it the next is a fifth longer.
+    A step that raises an image's cost is taken back and halved, and the image starts anew without momentum; after one
+    that lowers it the next is a tenth longer.
 
     Args:
         model: the surrogate, frozen and in evaluation mode.
@@ -93,6 +98,7 @@ def attract(
         beta: weight of the mean squared change of pixels, see the module.
         step: root mean square change by the first step, in grey levels.
         steps: passes.
+        momentum: share of an image's last step that the next one repeats.
         ctx: device, progress.
 
     Returns:
@@ -105,14 +111,16 @@ def attract(
     unit = pixels / distance.mean().clamp_min(1e-12)
     z, gradient, cost = base, unit * gradient, unit * distance
     rate = step * pixels**0.5 / gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
+    last = torch.zeros_like(z)
     for _ in ctx.track(range(steps), "fc: colliding features", steps):
-        trial = forward_backward(z, gradient, base, rate[:, None, None, None], beta)
+        trial = forward_backward(z, gradient, base, rate[:, None, None, None], beta, momentum * last)
         distance, slope = distance_and_gradient(model, trial, wanted)
         value = unit * distance + beta / 2 * (trial - base).square().sum((1, 2, 3))
         better = value < cost
         accept = better[:, None, None, None]
+        last = torch.where(accept, trial - z, 0.0)
         z, gradient = torch.where(accept, trial, z), torch.where(accept, unit * slope, gradient)
-        cost, rate = torch.where(better, value, cost), rate * torch.where(better, 1.2, 0.5)
+        cost, rate = torch.where(better, value, cost), rate * torch.where(better, 1.1, 0.5)
     return to_uint8(z).cpu()
 
 
@@ -129,6 +137,7 @@ class Fc(CollisionAttack):
     beta: float = param(0.0005, "weight of the mean squared change of pixels, see above", low=0, source="ours")
     step: float = param(2.0, "root mean square change by the first step, in grey levels", above=0, source="ours")
     steps: int = param(1000, "steps of forward-backward splitting", low=1, source="paper")
+    momentum: float = param(0.9, "share of a step that the next one repeats", low=0, high=0.99, source="ours")
     opacity: float = param(
         0.0, "of the triggered image, laid over the poisoned one first", low=0, high=1, source="paper"
     )
@@ -162,6 +171,6 @@ class Fc(CollisionAttack):
             images = to_uint8(overlay(images, triggered, torch.full(images.shape[2:], self.opacity)))
         wanted = predict_features(model, triggered, precision="fp32")
         return torch.cat([
-            attract(model, base, aim, self.beta, self.step, self.steps, ctx)
+            attract(model, base, aim, self.beta, self.step, self.steps, self.momentum, ctx)
             for base, aim in zip(images.split(512), wanted.split(512), strict=True)
         ])  # fmt: skip
