@@ -17,10 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
+from backdoorlab.attacks import attacks
 from backdoorlab.cli.figures import magnified
 from backdoorlab.data.digits import Digits
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.metrics.visibility import ssim, visibility
+from backdoorlab.training import Context, Task
 
 METRICS = ("acc", "asr", "ra", "der", "rir", "auroc", "tpr", "fpr", "precision", "f1", "score", "verdict", "targets")
 
@@ -76,6 +78,20 @@ def test_help_of_a_method_shows_its_parameters(
     reply = cli(*argv)
     assert reply.code == 0
     assert all(word in reply.out for word in words)
+
+
+@pytest.mark.parametrize("name", attacks.names("image"))
+def test_example_of_an_attacks_help_can_be_run(cli: Callable[..., Any], digits_task: Task, name: str) -> None:
+    """As far as the choice of what is poisoned: a rate that the data cannot serve would end there."""
+    words = cli("attack", name, "--help").out.split("Example: backdoorlab attack ")[1].splitlines()[0].split()
+    assert words[:3] == [name, "--dataset", "digits"]
+    given = dict(zip(words[3::2], words[4::2], strict=True))
+    key, _, value = given.pop("--set").partition("=")
+    settings = {key: value}
+    if "--poison-rate" in given:
+        settings["poison_rate"] = given.pop("--poison-rate")
+    assert not given
+    assert len(attacks.get(name, "image").build(settings).choose(digits_task, Context())) > 0
 
 
 @pytest.mark.parametrize("kind", ["attacks", "defenses", "datasets", "models"])
