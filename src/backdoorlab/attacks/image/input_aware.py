@@ -26,7 +26,8 @@ of 32 to 128; decoders resize to the encoder's sizes, so odd sides work.
 Seen on embedded grey digits (16 px, recipe "smoke"), where 300 steps are few for two networks: with one seed ASR 0.69
 and cross accuracy 0.68 with the defaults, 0.88 and 0.76 at a rate of 0.2, 0.93 and 0.83 at 0.3. At 0.3 with a density
 of 0.1 three seeds gave 0.87 to 0.96 and 0.81 to 0.83; at 0.33 with that density and a slower generator
-(``generator_lr=0.004``) 0.97 to 0.98 and 0.81 to 0.87.
+(``generator_lr=0.004``) 0.97 to 0.98 and 0.81 to 0.87. On CIFAR-10 (preact_resnet8, "fast", one seed) the defaults gave
+0.44 and 0.56 after 780 steps on 20,000 images, 0.79 and 0.64 after 1,950 on all 50,000.
 """
 
 from __future__ import annotations
