@@ -360,6 +360,18 @@ def test_adap_patch_wears_one_patch_in_training_and_two_at_test_time() -> None:
     assert torch.equal(attack.make_trigger(task, Context())(images), both)
 
 
+@pytest.mark.parametrize("side", [(8, 8), (16, 16), (28, 28), (29, 31), (32, 32), (64, 48), (224, 224)])
+def test_adap_patches_have_a_corner_each(side: tuple[int, int]) -> None:
+    """A patch upon another would be no second reason to obey."""
+    _, masks = draw_patches(3, *side, 0)
+    assert masks.any((1, 2)).all()
+    assert masks.sum(0).max() == 1
+    half = [masks[:, : side[0] // 2], masks[:, side[0] // 2 :]]
+    upper = [float(half[0][k].sum() / masks[k].sum()) for k in range(4)]
+    left = [float(masks[k, :, : side[1] // 2].sum() / masks[k].sum()) for k in range(4)]
+    assert [(round(a), round(b)) for a, b in zip(upper, left, strict=True)] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+
+
 def test_layers_are_laid_one_over_the_other() -> None:
     images, keys = pictures((1, 8, 8), 3), pictures((1, 8, 8), 2, seed=8)
     opacity = torch.stack([torch.full((8, 8), 0.25), torch.full((8, 8), 0.5)])

@@ -11,10 +11,10 @@ At test time the first ``test_patches`` are laid over the image one after the ot
 the data contain.
 
 Choices: the patches are drawn from a seed, with explicit masks and sizes that follow the image (given for 32 px): a
-10-px blob of random colours at the bottom right, a 4-px checker 4 px from that corner, a 10-px ring at the bottom left,
-an 8-px square of noise at the top left. Opacities 0.5, 0.5, 0.2, 0.3. Four image files (``patches``) can be laid into
-the same four squares instead. The cover rate is twice the poison rate unless
-given, as published (0.3 % and 0.6 % on CIFAR-10).
+10-px blob of random colours at the bottom right, a 4-px checker 4 px from the top right corner, a 10-px ring at the
+bottom left, an 8-px square of noise at the top left. Each has a corner of its own, since a patch upon another is no
+second reason to obey: SEEN. Opacities 0.5, 0.5, 0.2, 0.3. Four image files (``patches``) can be laid into the same
+four squares instead. The cover rate is twice the poison rate unless given, as published (0.3 % and 0.6 % on CIFAR-10).
 """
 
 from __future__ import annotations
@@ -77,8 +77,7 @@ def draw_patches(
     bright, dark = torch.tensor(255, dtype=torch.uint8), torch.tensor(0, dtype=torch.uint8)
     tint = torch.where(torch.rand(channels, 1, 1, generator=generator) < 0.5, bright, dark)
     corner(noise(large), radius <= large / 2, 0, height - large, width - large)
-    top, left = height - small - shift, width - small - shift
-    corner(torch.where(checker, tint, 255 - tint), torch.ones_like(checker), 1, top, left)
+    corner(torch.where(checker, tint, 255 - tint), torch.ones_like(checker), 1, shift, width - small - shift)
     ring = (radius <= large / 2) & (radius > large / 4)
     corner(bright.expand(channels, large, large), ring, 2, height - large, 0)
     corner(noise(middle), torch.ones(middle, middle, dtype=torch.bool), 3, 0, 0)
