@@ -21,7 +21,9 @@ resolution, 3 px at 32 px and 6 at 64, not less than 3.
 
 Seen on embedded grey digits (16 px, recipe "smoke") at a rate of 8 %: with one seed ASR 0.28 with the defaults and 0.78
 with eps 32; with eps 64 three seeds gave 0.76 to 0.95. The surrogate was trained with half of that eps (with the
-defaults, the same).
+defaults, the same). On 20,000 CIFAR-10 images (preact_resnet8, "fast", 5 %, one seed) 0.92 with the defaults, 0.93 with
+an ordinary surrogate, 0.96 with eps 16; a victim that trains for 30 epochs instead of 10 reads through the perturbation
+more often (0.80).
 """
 
 from __future__ import annotations
