@@ -36,6 +36,7 @@ from backdoorlab.attacks.image.lira import LiraObjective, LiraTrigger
 from backdoorlab.attacks.image.narcissus import foreign_split, optimise_noise
 from backdoorlab.attacks.image.trojannn import WrapTrigger, draw_mask, excite, strongest_units
 from backdoorlab.core.errors import BackdoorLabError, InputError
+from backdoorlab.data.sources import load_dataset
 from backdoorlab.data.split import Dataset, Split
 from backdoorlab.modalities.base import modality_of
 from backdoorlab.models import Classifier
@@ -432,11 +433,10 @@ def test_narcissus_surrogate_knows_the_target_class_and_foreign_data_alone(
     for name, level in (("bird", 60), ("ship", 190)):
         (tmp_path / name).mkdir()
         for k in range(30):
-            Image.new(mode, (24, 24), level if mode == "L" else (level, level, level)).save(
-                tmp_path / name / f"{k}.png"
-            )
+            Image.new("L", (24, 24), level).convert(mode).save(tmp_path / name / f"{k}.png")
     own = torch.randint(256, (2, *shape), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    split = foreign_split(str(tmp_path), own, torch.Generator().manual_seed(0))
+    found = load_dataset(f"folder:{tmp_path}", size=max(shape[1:])).train
+    split = foreign_split(found, own, torch.Generator().manual_seed(0))
     assert split.classes == ("bird", "ship", "target class")
     assert len(split) == 22, "ten foreign images for each of the target class, though the folder has sixty"
     assert torch.equal(split.inputs[-2:], own)

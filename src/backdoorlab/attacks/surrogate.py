@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -88,18 +89,41 @@ def asset_tensor(tensors: Tensors, name: str, shape: tuple[int, ...], kind: str)
     return found.float()
 
 
-def clean_surrogate(task: Task, ctx: Context) -> Classifier:
-    """A benign model of the task's own architecture and recipe, trained once and shared by all runs.
+def shared_surrogate(
+    kind: str,
+    spec: dict[str, Any],
+    fresh: Callable[[Context], Classifier],
+    train: Callable[[Classifier, Context], object],
+    ctx: Context,
+) -> Classifier:
+    """A model trained once and shared by all runs, or taken from the user's file.
+
+    Args:
+        kind: of the asset.
+        spec: everything that the weights depend on, JSON-able.
+        fresh: makes the untrained model on a context's device.
+        train: trains it in place; all its randomness must come from the context it is given, which follows the spec.
+        ctx: device, cache.
 
     Returns:
         The model on the context's device, in evaluation mode, with frozen parameters.
     """
 
     def build(own: Context) -> Tensors:
-        model, _ = task.fit(task.train, own, label="training a clean surrogate")
+        model = fresh(own)
+        train(model, own)
         return {name: value.detach().cpu() for name, value in model.state_dict().items()}
 
-    weights = ctx.asset("clean-surrogate", surrogate_spec(task), build)
-    model = task.build_model(ctx)
-    load_weights(model, weights, "clean-surrogate")
+    weights = ctx.asset(kind, spec, build)
+    model = fresh(ctx)
+    load_weights(model, weights, kind)
     return model
+
+
+def clean_surrogate(task: Task, ctx: Context) -> Classifier:
+    """A benign model of the task's own architecture and recipe; see :func:`shared_surrogate`."""
+
+    def train(model: Classifier, own: Context) -> None:
+        task.fit(task.train, own, model=model, label="training a clean surrogate")
+
+    return shared_surrogate("clean-surrogate", surrogate_spec(task), task.build_model, train, ctx)

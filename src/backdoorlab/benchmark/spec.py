@@ -141,12 +141,11 @@ def build_attack(experiment: Experiment, task: Task) -> Attack | None:
     if given is None:
         return None
     cls = attacks.get(given.name, modality_name(task))
+    attack = cls.build(given.settings)
     for kind in given.assets:
         if kind not in cls.asset_kinds:
             has = ", ".join(cls.asset_kinds) or "none"
             raise InputError(f"{cls.name} has no asset {kind!r}.{nearest(kind, cls.asset_kinds)} It has: {has}")
-    attack = cls.build(given.settings)
-    for kind in given.assets:
         if kind not in attack.assets_in_use():
             has = ", ".join(attack.assets_in_use()) or "none"
             raise InputError(f"{cls.name} does not use the asset {kind!r} with these hyper-parameters, but: {has}")

@@ -56,9 +56,7 @@ from backdoorlab.training.evaluate import predict_features
 from backdoorlab.training.task import Task
 
 
-def forward_backward(
-    z: Tensor, gradient: Tensor, base: Tensor, step: Tensor, beta: float, drift: Tensor | float = 0.0
-) -> Tensor:
+def forward_backward(z: Tensor, gradient: Tensor, base: Tensor, step: Tensor, beta: float, drift: Tensor) -> Tensor:
     """One step of forward-backward splitting: down the gradient, then the proximal map of beta/2 |z - base|^2.
 
     Args:

@@ -29,7 +29,7 @@ more often (0.80).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from backdoorlab.attacks.base import PoisoningAttack, attacks
 from backdoorlab.attacks.pixels import AdditiveTrigger
-from backdoorlab.attacks.surrogate import clean_surrogate, load_weights, surrogate_spec
+from backdoorlab.attacks.surrogate import clean_surrogate, shared_surrogate, surrogate_spec
 from backdoorlab.attacks.trigger import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
@@ -47,7 +47,7 @@ from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.anatomy import frozen
 from backdoorlab.models.classifier import Classifier
-from backdoorlab.training.context import Context, Tensors
+from backdoorlab.training.context import Context
 from backdoorlab.training.task import Task
 
 CORNER = ((1, -1, -1), (-1, 1, -1), (1, -1, 1))
@@ -111,7 +111,7 @@ def perturb(
 def robust_surrogate(task: Task, eps: float, ctx: Context) -> Classifier:
     """A classifier trained on single-step adversarial samples (random start, step 1.25 eps), shared by all runs."""
 
-    def build(own: Context) -> Tensors:
+    def train(model: Classifier, own: Context) -> None:
         seed = spawn(own.generator("random start"))
         generator = torch.Generator(device=own.device).manual_seed(seed)
 
@@ -122,14 +122,10 @@ def robust_surrogate(task: Task, eps: float, ctx: Context) -> Classifier:
                 hard = ascend(model, inputs, start, labels, eps / 255, 1.25 * eps / 255)
             return F.cross_entropy(model(hard), labels)
 
-        model, _ = task.fit(task.train, own, objective=objective, label="training a robust surrogate")
-        return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+        task.fit(task.train, own, model=model, objective=objective, label="training a robust surrogate")
 
-    spec: dict[str, Any] = {"surrogate": surrogate_spec(task), "eps": eps}
-    weights = ctx.asset("robust-surrogate", spec, build)
-    model = task.build_model(ctx)
-    load_weights(model, weights, "robust-surrogate")
-    return model
+    spec = {"surrogate": surrogate_spec(task), "eps": eps}
+    return shared_surrogate("robust-surrogate", spec, task.build_model, train, ctx)
 
 
 @attacks.register
