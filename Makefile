@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-all lint format clean
+.PHONY: help quickstart test test-effects test-slow test-all lint format clean
 
 help:
 	@echo "make quickstart  plant, measure, detect and remove a backdoor on handwritten digits"
-	@echo "make test        the test suite (minutes); make test-all adds the slow tests"
+	@echo "make test        contracts, oracles, errors and one effect per stage and modality (minutes)"
+	@echo "make test-effects the effect of every method; make test-slow faults and long runs; make test-all everything"
 	@echo "make lint        ruff, mypy and the import contracts; make format rewrites"
 
 $(BIN)/python:
@@ -30,7 +31,13 @@ quickstart: $(VENV)/.installed-core
 	$(BIN)/backdoorlab quickstart
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and (core_effect or not effect)"
+
+test-effects: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "effect and not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --timeout=1800 -m slow
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --timeout=1800
