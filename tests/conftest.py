@@ -14,15 +14,25 @@ import torch
 
 from backdoorlab.attacks import Backdoor, attacks
 from backdoorlab.models import Classifier
-from backdoorlab.training import Context, Task, TaskSpec
+from backdoorlab.training import Context, Task, TaskSpec, context
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+REAL_FAST_BF16 = context.fast_bf16
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Contracts and oracles compute in fp32 on every machine; effects, and what is marked so, as users do."""
+    native = any(item.get_closest_marker(name) for name in ("effect", "slow", "auto_precision"))
+    context.fast_bf16 = REAL_FAST_BF16 if native else lambda device: False
+
+
 @pytest.fixture(scope="session")
 def digits_task() -> Task:
-    """Embedded digits, 16x16, trained in about two seconds."""
-    return Task.load(TaskSpec(recipe="smoke"))
+    """Embedded digits, 16x16, trained in about two seconds; in fp32, whichever test asks first."""
+    return Task.load(TaskSpec(recipe="smoke", recipe_changes=(("precision", "fp32"),)))
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,8 @@ def test_a_card_states_cost_place_and_how_to_repeat_it(filled: Runner):
     assert {"load", "defense", "measure"} == set(defense.seconds)
     assert 50 < attack.peak_memory_mb < 50_000
     assert attack.hardware["cores"] >= 1
+    assert attack.hardware["precision"] in ("bf16", "fp32")
+    assert {"instructions", "onednn_max_isa"} <= set(attack.hardware)
     assert "torch" in attack.versions
     assert "--train-size 400" in attack.command and "--recipe-set epochs=1" in attack.command
     assert defense.command.startswith(f"backdoorlab defend ft --run {defense.parents[0].split('/')[1]}")

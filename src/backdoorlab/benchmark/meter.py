@@ -22,6 +22,7 @@ import torch
 import backdoorlab
 from backdoorlab.benchmark.card import Card
 from backdoorlab.benchmark.spec import CONTRACT, canonical
+from backdoorlab.training.context import fast_bf16
 
 _PACKAGES = (
     "torch",
@@ -89,12 +90,19 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Processor, cores, memory and accelerator."""
+    """Processor, cores, memory and accelerator, and what arithmetic they do: results depend on it.
+
+    "instructions" is what torch uses on the CPU, "onednn_max_isa" the user's limit for oneDNN (None: no limit),
+    "precision" what a recipe's "auto" stands for.
+    """
     facts = {
         "platform": platform.platform(terse=True),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "onednn_max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or None,
+        "precision": "bf16" if fast_bf16(device) else "fp32",
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "device": device.type,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -117,9 +118,21 @@ def autocast(device: torch.device, precision: str = "auto") -> AbstractContextMa
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Does this device have bf16 matrix instructions (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX)?"""
+    """Does this device have bf16 matrix instructions (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX)?
+
+    On a CPU they count only as far as oneDNN and torch may use them: ``ONEDNN_MAX_CPU_ISA`` (older name
+    ``DNNL_MAX_CPU_ISA``) must not name an instruction set without them, and ``ATEN_CPU_CAPABILITY`` must not hold torch
+    below AVX-512. Otherwise bf16 would be emulated.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
+        allowed = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "all"
+        if allowed.lower() in _WITHOUT_BF16 or torch.backends.cpu.get_cpu_capability() != "AVX512":
+            return False
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
+
+
+_WITHOUT_BF16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
+"""oneDNN's names (of any case) of what lies below AVX512-BF16; it takes a name that it does not know for "all"."""
