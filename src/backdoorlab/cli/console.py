@@ -83,6 +83,8 @@ def print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 def tolerant_streams() -> None:
     """Let standard output and error write what their encoding lacks as a plain twin or an escape."""
     codecs.register_error("backdoorlab.plain", _plainer)
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None and stream.errors in ("strict", "surrogateescape", "backslashreplace"):
@@ -97,6 +99,14 @@ def abandon_output() -> None:
         os.close(nothing)
     except (OSError, ValueError):  # not a stream of the system, as in tests
         pass
+
+
+def settle_output() -> None:
+    """Write what is still buffered; if that fails, drop it, or Python fails once more when it exits."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        abandon_output()
 
 
 def _plainer(error: UnicodeError) -> tuple[str, int]:

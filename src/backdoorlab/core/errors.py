@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from backdoorlab.core.excerpt import shown
+
 
 class BackdoorLabError(Exception):
     """Base of every error that this library raises on purpose; the command line prints it without a traceback."""
@@ -33,14 +35,20 @@ class NotApplicable(BackdoorLabError):
     """A method cannot be applied to this model or data; the benchmark records the reason instead of a number."""
 
 
-def nearest(given: str, choices: Iterable[str]) -> str:
+class DataWarning(UserWarning):
+    """Data that can be used, but perhaps not as meant; the command line prints it as one line."""
+
+
+def nearest(given: object, choices: Iterable[str]) -> str:
     """Return a short hint such as " Did you mean 'badnets'?" or an empty string."""
+    if not isinstance(given, str) or len(given) > 200:  # no misspelled name
+        return ""
     close = difflib.get_close_matches(given.lower(), list(choices), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def unknown(kind: str, given: str, choices: Iterable[str]) -> InputError:
+def unknown(kind: str, given: object, choices: Iterable[str]) -> InputError:
     """Build the error for a name that is not among the choices."""
     names = sorted(choices)
     shown = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
-    return InputError(f"unknown {kind} {given!r}.{nearest(given, names)} Choose one of: {shown}")
+    return InputError(f"unknown {kind} {shown(given)}.{nearest(given, names)} Choose one of: {shown}")
