@@ -50,5 +50,5 @@ def nearest(given: object, choices: Iterable[str]) -> str:
 def unknown(kind: str, given: object, choices: Iterable[str]) -> InputError:
     """Build the error for a name that is not among the choices."""
     names = sorted(choices)
-    shown = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
-    return InputError(f"unknown {kind} {shown(given)}.{nearest(given, names)} Choose one of: {shown}")
+    choice = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
+    return InputError(f"unknown {kind} {shown(given)}.{nearest(given, names)} Choose one of: {choice}")
