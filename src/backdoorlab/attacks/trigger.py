@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.core.errors import ArtifactError
+from backdoorlab.core.errors import ArtifactError, BackdoorLabError
 from backdoorlab.data.split import Inputs, join, take
 
 CPU_VALUES, DEVICE_VALUES = 1 << 20, 1 << 27
@@ -33,8 +33,15 @@ class Trigger(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "kind" in cls.__dict__:
-            Trigger._kinds[cls.kind] = cls
+        if "kind" not in cls.__dict__:
+            return
+        other = Trigger._kinds.get(cls.kind)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise BackdoorLabError(
+                f"two triggers are of kind {cls.kind!r}: {other.__module__}.{other.__qualname__} and "
+                f"{cls.__module__}.{cls.__qualname__}; a stored trigger could not be loaded as what it is"
+            )
+        Trigger._kinds[cls.kind] = cls
 
     @abstractmethod
     def __call__(

@@ -29,17 +29,37 @@ class Registry(Generic[T]):
         self._loaded = False
 
     def register(self, cls: type[T]) -> type[T]:
-        """Class decorator; the class states its ``name`` and ``modalities``."""
-        for modality in cls.modalities:  # type: ignore[attr-defined]
-            key = (cls.name, modality)  # type: ignore[attr-defined]
-            other = self._entries.get(key)
+        """Class decorator; the class states its ``name`` and ``modalities``, and may have ``aliases``.
+
+        Raises:
+            BackdoorLabError: if another method has that name for one of these modalities, or a name and an alias of two
+                methods are the same: one of them could never be found. Nothing is registered then.
+        """
+        name: str = cls.name  # type: ignore[attr-defined]
+        modalities: tuple[str, ...] = cls.modalities  # type: ignore[attr-defined]
+        aliases: tuple[str, ...] = getattr(cls, "aliases", ())
+        for modality in modalities:
+            other = self._entries.get((name, modality))
             if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise BackdoorLabError(
-                    f"two {self.kind}s are called {key[0]!r} for {modality}: {other.__module__} and {cls.__module__}"
+                    f"two {self.kind}s are called {name!r} for {modality}: {other.__module__} and {cls.__module__}"
                 )
-            self._entries[key] = cls
-        for alias in getattr(cls, "aliases", ()):
-            self._aliases[alias] = cls.name  # type: ignore[attr-defined]
+        names = {n: entry.__module__ for (n, _), entry in self._entries.items()}
+        if name in self._aliases:
+            raise BackdoorLabError(
+                f"{self.kind} {name!r} ({cls.__module__}) has the name of an alias of {self._aliases[name]!r}"
+            )
+        for alias in aliases:
+            if alias == name or alias in names:
+                whose = "its own name" if alias == name else f"the name of another one ({names[alias]})"
+                raise BackdoorLabError(f"{self.kind} {name!r} ({cls.__module__}): alias {alias!r} is {whose}")
+            other_name = self._aliases.get(alias, name)
+            if other_name != name:
+                raise BackdoorLabError(
+                    f"{self.kind}s {other_name!r} and {name!r} ({cls.__module__}) share the alias {alias!r}"
+                )
+        self._entries.update({(name, modality): cls for modality in modalities})
+        self._aliases.update(dict.fromkeys(aliases, name))
         return cls
 
     def canonical(self, name: str) -> str:
