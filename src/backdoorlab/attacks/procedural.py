@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from backdoorlab.core.errors import InputError
+from backdoorlab.core.paths import files_below, is_folder, user_path
 from backdoorlab.core.seeding import make_generator
+from backdoorlab.data.pictures import open_picture, without_remarks
 from backdoorlab.modalities.image import to_uint8
 
 LUMA = (0.299, 0.587, 0.114)
@@ -102,9 +102,9 @@ def read_folder(path: str, channels: int, height: int, width: int) -> Tensor:
     Raises:
         InputError: if there is no such folder, no image in it, or a file that cannot be read.
     """
-    if not Path(path).is_dir():
+    if not is_folder(user_path(path)):
         raise InputError(f"found no folder {path!r}")
-    files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+    files = [p for p in files_below(user_path(path)) if p.suffix.lower() in PICTURES]
     if not files:
         raise InputError(f"the folder {path!r} has no image file; looked for names ending in {', '.join(PICTURES)}")
     return torch.stack([read_picture(str(file), channels, height, width) for file in files])
@@ -114,18 +114,12 @@ def read_picture(path: str, channels: int, height: int, width: int) -> Tensor:
     """An image file, resized: uint8 [channels, height, width].
 
     Raises:
-        InputError: if the file is missing or no image.
+        InputError: if the file is missing or cannot be read, see :func:`~backdoorlab.data.pictures.open_picture`.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    if not Path(path).is_file():
-        raise InputError(f"found no image file {path!r}")
-    try:
-        with Image.open(path) as file:
-            pixels = torch.frombuffer(bytearray(file.convert("RGB").tobytes()), dtype=torch.uint8)
-            picture = pixels.reshape(file.height, file.width, 3).permute(2, 0, 1)
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{path!r} cannot be read as an image: {error}") from None
+    with without_remarks():
+        file = open_picture(user_path(path)).convert("RGB")
+    pixels = torch.frombuffer(bytearray(file.tobytes()), dtype=torch.uint8)
+    picture = pixels.reshape(file.height, file.width, 3).permute(2, 0, 1)
     small = F.interpolate(picture[None].float(), (height, width), mode="bilinear", antialias=True)[0]
     return to_uint8(to_channels(small, channels))
 

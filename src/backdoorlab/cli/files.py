@@ -13,6 +13,7 @@ from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import err, out, print_json
 from backdoorlab.cli.defend import RunOption, need_run
 from backdoorlab.core.errors import InputError
+from backdoorlab.core.paths import exists, is_folder, user_path
 
 if TYPE_CHECKING:
     from backdoorlab.benchmark import StoredRun
@@ -54,7 +55,8 @@ def stamp_command(
     """
     if folder is None:
         raise InputError("stamp: expected --out DIR, the folder for the stamped files")
-    if folder.exists() and not folder.is_dir():
+    folder = user_path(folder)
+    if exists(folder) and not is_folder(folder):
         raise InputError(f"--out: {folder} is a file; expected a folder (it is made if it does not exist)")
     stored = _find(run, store)
     from backdoorlab.attacks.base import Backdoor

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from backdoorlab.core.errors import InputError
+from backdoorlab.core.paths import is_file, read_bytes
 from backdoorlab.data.download import Remote, fetch_file, find_or_fetch, verify
 from backdoorlab.data.sources import DatasetSource, DatasetSpec, datasets
 from backdoorlab.data.split import Dataset, Split, text_array
@@ -41,14 +42,14 @@ class AgNews(DatasetSource):
     def load(self, spec: DatasetSpec, argument: str, roots: tuple[Path, ...], download: bool) -> Dataset:
         """See :meth:`DatasetSource.load`."""
         folder = find_or_fetch(roots, "ag_news", self, (_TRAIN, _TEST), download)
-        if download and not (folder / "train.csv").is_file():
+        if download and not is_file(folder / "train.csv"):
             fetch_file(_TRAIN.url, _TRAIN.digest, folder / "train.csv")
         titles, bodies, test_labels = _official(folder / "test.csv", _TEST.digest)
-        if (folder / "train.csv").is_file():
+        if is_file(folder / "train.csv"):
             test_texts = _joined(titles, bodies)
             heads, rest, train_labels = _official(folder / "train.csv", _TRAIN.digest)
             train_texts, note = _joined(heads, rest), ""
-        elif (folder / "dev.tsv").is_file():
+        elif is_file(folder / "dev.tsv"):
             test_texts = [body.lower() for body in bodies]
             train_texts, train_labels, dropped = _dev(folder / "dev.tsv", bodies)
             note = (
@@ -65,9 +66,9 @@ class AgNews(DatasetSource):
 
 def _official(path: Path, digest: str) -> tuple[list[str], list[str], list[int]]:
     """Titles, descriptions and labels 0-3 of an official file, verified."""
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"dataset 'ag_news': {path} is missing; it is published at {_BASE}{path.name}")
-    data = path.read_bytes()
+    data = read_bytes(path)
     verify(data, digest, path, _REMEDY)
     rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline="")))
     return [row[1] for row in rows], [row[2] for row in rows], [int(row[0]) - 1 for row in rows]

@@ -1,8 +1,9 @@
 """``csv:PATH``: text classification from a table with the columns ``text`` (or ``sentence``) and ``label``.
 
 PATH is a file, of which a seeded fifth of each class becomes the test set, or a folder with ``train.csv`` and
-``test.csv``. UTF-8; comma-separated with double quotes, or tab-separated where the name ends in ``.tsv``. Labels are
-any strings; classes are sorted, as numbers where all are integers.
+``test.csv``. UTF-8, with or without a byte order mark; comma-separated with double quotes, or tab-separated where the
+name ends in ``.tsv``. Labels are any strings; classes are sorted, as numbers where all are integers. Refused, with the
+line: NUL characters, which no text has, and cells of more than 131,072 characters, which an unclosed quote makes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from backdoorlab.core.errors import InputError
+from backdoorlab.core.paths import is_file, is_folder, printable, reason, user_path
 from backdoorlab.data.sources import DatasetSource, DatasetSpec, datasets, holdout
 from backdoorlab.data.split import Dataset, Split, text_array
 
@@ -31,18 +33,18 @@ class CsvText(DatasetSource):
 
     def load(self, spec: DatasetSpec, argument: str, roots: tuple[Path, ...], download: bool) -> Dataset:
         """See :meth:`DatasetSource.load`."""
-        base = Path(argument).expanduser()
-        paths = (base / "train.csv", base / "test.csv") if base.is_dir() else (base,)
+        base = user_path(argument)
+        paths = (base / "train.csv", base / "test.csv") if is_folder(base) else (base,)
         for path in paths:
-            if not path.is_file():
-                raise InputError(f"dataset {spec.name!r}: there is no file {path.absolute()}")
+            if not is_file(path):
+                raise InputError(f"dataset {spec.name!r}: there is no file {printable(path.absolute())}")
         tables = [read_table(path, "\t" if path.suffix.lower() == ".tsv" else ",") for path in paths]
         classes = class_names(tables[0][1])
         splits = [text_split(*table, classes, path) for table, path in zip(tables, paths, strict=True)]
         if len(splits) == 2:
             train, test = splits
         else:
-            train, test = (splits[0][rows] for rows in holdout(splits[0].labels, classes, spec.seed, str(base)))
+            train, test = (splits[0][rows] for rows in holdout(splits[0].labels, classes, spec.seed, printable(base)))
         return Dataset(spec.name, "text", train, test)
 
 
@@ -50,8 +52,10 @@ def read_table(path: Path, delimiter: str) -> Table:
     """Columns ``text`` (or ``sentence``) and ``label`` of a delimited file with a header.
 
     Raises:
-        InputError: for missing columns (naming those found), empty cells and rows that cannot be parsed.
+        InputError: for a file that cannot be read, missing columns (naming those found), empty cells, NUL characters
+            and rows that cannot be parsed.
     """
+    name, line = printable(path), 0
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, delimiter=delimiter)
@@ -59,24 +63,31 @@ def read_table(path: Path, delimiter: str) -> Table:
             column = next((header.index(name) for name in ("text", "sentence") if name in header), None)
             if column is None or "label" not in header:
                 raise InputError(
-                    f"{path}: expected columns 'text' (or 'sentence') and 'label' in the first line, found {header}"
+                    f"{name}: expected columns 'text' (or 'sentence') and 'label' in the first line, "
+                    f"found {[cell[:40] for cell in header[:10]]}"
                 )
             other = header.index("label")
             texts, labels = [], []
             for row in reader:
+                line = reader.line_num
                 if not row:
                     continue
+                if any("\0" in cell for cell in row):
+                    raise InputError(f"{name}, line {line}: holds a NUL character; expected text in UTF-8")
                 if len(row) != len(header) or not row[column].strip() or not row[other].strip():
                     raise InputError(
-                        f"{path}, line {reader.line_num}: expected {len(header)} cells, text and label not empty, "
-                        f"got {row[:4]}"
+                        f"{name}, line {line}: expected {len(header)} cells, text and label not empty, "
+                        f"got {[cell[:40] for cell in row[:4]]}"
                     )
                 texts.append(row[column])
                 labels.append(row[other].strip())
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text with separator {delimiter!r}: {error}") from None
+    except csv.Error as error:
+        what = "a cell is too long, perhaps an unclosed quote" if "field limit" in str(error) else str(error)
+        raise InputError(f"{name}, after line {line}: cannot be read with separator {delimiter!r}: {what}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{name} cannot be read as UTF-8 text: {reason(error)}") from None
     if not texts:
-        raise InputError(f"{path} has a header but no rows")
+        raise InputError(f"{name} has a header but no rows")
     return texts, labels
 
 
@@ -98,5 +109,7 @@ def text_split(texts: list[str], labels: Sequence[str], classes: tuple[str, ...]
     index = {name: k for k, name in enumerate(classes)}
     foreign = sorted(set(labels) - index.keys())
     if foreign:
-        raise InputError(f"{path}: labels {foreign[:5]} are not among the classes of the training set, {classes[:10]}")
+        raise InputError(
+            f"{printable(path)}: labels {foreign[:5]} are not among the classes of the training set, {classes[:10]}"
+        )
     return Split(text_array(texts), torch.tensor([index[label] for label in labels], dtype=torch.int64), classes)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
+from backdoorlab.core.memory import expect_memory
 from backdoorlab.core.seeding import make_generator
 from backdoorlab.data.sources import DatasetSource, DatasetSpec, datasets
 from backdoorlab.data.split import Dataset, Split
@@ -27,6 +28,7 @@ class Digits(DatasetSource):
         bunch = load_digits()
         images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
         side = spec.size or 16
+        expect_memory((len(images), 1, side, side), 9, "the digits")  # floats before and after rounding, then bytes
         images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
         images = (images * 255).clamp(0, 255).round().to(torch.uint8)
         labels = torch.from_numpy(bunch.target).to(torch.int64)

@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from backdoorlab.core.errors import ArtifactError, InputError
+from backdoorlab.core.paths import exists, reason
 from backdoorlab.data.sources import DatasetSource, find_file
 
 
@@ -73,8 +74,11 @@ def find_or_fetch(
     Raises:
         InputError: if it was not found and not asked for, or could not be fetched.
     """
-    if download and not any((root / folder).exists() for root in roots):
-        fetch(roots[-1], folder, remotes)
+    if download and not any(exists(root / folder) for root in roots):
+        try:
+            fetch(roots[-1], folder, remotes)
+        except OSError as error:
+            raise InputError(f"cannot keep a download in {roots[-1]}: {reason(error)}") from error
     return find_file(roots, folder, source)
 
 

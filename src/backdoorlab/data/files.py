@@ -2,7 +2,9 @@
 
 Images (png, jpg, bmp), sound (wav), text (txt: one file is one sample) and raw arrays (npy: one sample or a batch of
 them, in the layout of :data:`backdoorlab.data.split.Inputs`). A file that does not fit the model is an error that names
-what was expected; nothing is resampled, rescaled or cut unless the caller says ``fit=True``.
+what was expected; nothing is resampled, rescaled or cut unless the caller says ``fit=True``. Pictures and sounds come
+in through the same doors as those of data sets (:mod:`.pictures`, :mod:`.audio`); an array's header is believed only
+where the file is as long as it says.
 
 What is written is lossless, because a trigger lives in single grey levels: a jpg comes back as a png, since JPEG's own
 quantisation would wash the trigger out.
@@ -11,17 +13,20 @@ quantisation would wash the trigger out.
 from __future__ import annotations
 
 import io
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from backdoorlab.core.errors import InputError, nearest
+from backdoorlab.core.paths import entries, exists, is_file, is_folder, printable, read_bytes, reason, user_path
 from backdoorlab.data.split import Inputs, text_array
 
 SUFFIXES = {
@@ -31,6 +36,8 @@ SUFFIXES = {
     "video": (".npy",),
 }
 """File types that can be read, by modality."""
+MAX_TEXT = 10_000_000
+"""Bytes of a text that is one sample."""
 
 
 @dataclass(frozen=True)
@@ -62,37 +69,43 @@ class SampleFile:
         inputs: raw samples; one row, or several for a batch in an npy file.
         batched: whether the file's array has a sample axis of its own.
         ending: line ending that was cut from a text.
+        beginning: byte order mark that was cut from a text.
     """
 
     path: Path
     inputs: Inputs
     batched: bool = False
     ending: str = ""
+    beginning: str = ""
 
 
 def find_samples(paths: Sequence[Path], modality: str) -> list[Path]:
     """The files named, and for a folder those in it (not below it) that the modality can read, sorted by name.
 
+    Hidden files in a folder (a dot in front) are left out.
+
     Raises:
-        InputError: for a path that does not exist, a type that cannot be read, or a folder without samples.
+        InputError: for a path that does not exist, a type that cannot be read, a folder that cannot be read or has no
+            samples, or a link in it that leads nowhere.
     """
     wanted, found = SUFFIXES[modality], []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in wanted)
+    for path in map(user_path, paths):
+        if is_folder(path):
+            inside = [p for p in entries(path) if p.suffix.lower() in wanted and not is_folder(p)]
             if not inside:
-                raise InputError(f"folder {path} holds no {modality} samples ({', '.join(wanted)})")
+                raise InputError(f"folder {printable(path)} holds no {modality} samples ({', '.join(wanted)})")
             found += inside
             continue
-        if not path.exists():
-            there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise InputError(f"no such file: {path}.{nearest(path.name, there)}")
+        if not exists(path):
+            there = [p.name for p in entries(path.parent)] if is_folder(path.parent) else []
+            raise InputError(f"no such file: {printable(path)}.{nearest(path.name, there)}")
         if path.suffix.lower() not in wanted:
-            why = " One txt file is one sample: write each text of a table to a file of its own." if (
-                modality == "text" and path.suffix.lower() in (".csv", ".tsv")) else ""  # fmt: skip
+            why = ""
+            if modality == "text" and path.suffix.lower() in (".csv", ".tsv"):
+                why = " One txt file is one sample: write each text of a table to a file of its own."
             raise InputError(
-                f"{path}: cannot read {path.suffix or 'a file without suffix'} for a model of {modality} data; "
-                f"expected {', '.join(wanted)}.{why}"
+                f"{printable(path)}: cannot read {path.suffix or 'a file without suffix'} for a model of {modality} "
+                f"data; expected {', '.join(wanted)}.{why}"
             )
         found.append(path)
     return found
@@ -111,13 +124,18 @@ def read_samples(path: Path, form: SampleFormat, *, fit: bool = False) -> Sample
     """
     reader = _READERS.get(path.suffix.lower())
     if reader is None or path.suffix.lower() not in SUFFIXES[form.modality]:
-        raise InputError(f"{path}: cannot read {path.suffix!r}; expected {', '.join(SUFFIXES[form.modality])}")
+        raise InputError(
+            f"{printable(path)}: cannot read {path.suffix!r}; expected {', '.join(SUFFIXES[form.modality])}"
+        )
+    if not is_file(path):
+        raise InputError(f"{printable(path)} is no file" if exists(path) else f"no such file: {printable(path)}")
     try:
         return reader(path, form, fit)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, SyntaxError, EOFError) as error:
-        raise InputError(f"{path}: not a readable {path.suffix.lower()[1:]} file ({_short(error)})") from error
+    except Exception as error:  # a damaged file may make a decoder raise nearly anything
+        kind = path.suffix.lower()[1:]
+        raise InputError(f"{printable(path)}: not a readable {kind} file ({reason(error)})") from error
 
 
 def join_samples(files: Sequence[SampleFile]) -> Inputs:
@@ -134,10 +152,10 @@ def output_names(files: Sequence[Path], out: Path) -> list[Path]:
         InputError: if that would overwrite an input, or two inputs would get one name.
     """
     names: dict[Path, Path] = {}
-    inputs = {p.resolve() for p in files}
+    inputs = {os.path.realpath(p) for p in files}
     for path in files:
         target = out / (f"{path.stem}.png" if path.suffix.lower() in (".jpg", ".jpeg") else path.name)
-        if target.resolve() in inputs:
+        if os.path.realpath(target) in inputs:
             raise InputError(f"{target} is one of the inputs, which are never overwritten; choose another --out folder")
         if target in names:
             raise InputError(f"{names[target]} and {path} would both be written to {target}; stamp them separately")
@@ -150,7 +168,7 @@ def write_samples(target: Path, file: SampleFile, inputs: Inputs, form: SampleFo
     suffix = target.suffix.lower()
     buffer = io.BytesIO()
     if isinstance(inputs, np.ndarray):
-        buffer.write((str(inputs[0]) + file.ending).encode())
+        buffer.write((file.beginning + str(inputs[0]) + file.ending).encode())
     elif suffix == ".npy":
         np.save(buffer, (inputs if file.batched else inputs[0]).cpu().numpy(), allow_pickle=False)
     elif suffix == ".wav":
@@ -173,9 +191,9 @@ def write_atomically(target: Path, content: bytes) -> None:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise InputError(f"cannot write to {target.parent}: {error.strerror or error}") from error
+        handle, name = tempfile.mkstemp(prefix=".tmp-", dir=target.parent)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write to {printable(target.parent)}: {reason(error)}") from error
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
@@ -189,70 +207,87 @@ def write_atomically(target: Path, content: bytes) -> None:
 
 
 def _read_image(path: Path, form: SampleFormat, fit: bool) -> SampleFile:
-    from PIL import Image, ImageOps
-
     from backdoorlab.data.images import to_array
+    from backdoorlab.data.pictures import open_picture, picture_form, without_remarks
 
     channels, height, width = form.shape
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.size != (width, height) and not fit:
+    with without_remarks():
+        _, own_height, own_width = picture_form(path)
+        if (own_height, own_width) != (height, width) and not fit:
             raise InputError(
-                f"{path}: is {upright.width}x{upright.height} pixels, the model takes {width}x{height} "
+                f"{printable(path)}: is {own_width}x{own_height} pixels, the model takes {width}x{height} "
                 f"(width x height); pass --resize to rescale it"
             )
-        pixels = to_array(upright, channels, height, width)
+        pixels = to_array(open_picture(path), channels, height, width)
     return SampleFile(path, torch.from_numpy(pixels.copy())[None])
 
 
 def _read_sound(path: Path, form: SampleFormat, fit: bool) -> SampleFile:
-    import soundfile
+    from backdoorlab.data.audio import read_sound, sound_form
 
-    data, rate = soundfile.read(path, dtype="int16", always_2d=True)
-    expected = f"the model takes mono sound at {form.sample_rate} Hz"
-    if data.shape[1] != 1 or rate != form.sample_rate:
-        given = f"{data.shape[1]} channel{'s' * (data.shape[1] != 1)} at {rate} Hz"
-        raise InputError(f"{path}: has {given}, {expected}; convert it first")
-    sound = torch.from_numpy(data[:, 0].copy())
-    if len(sound) != form.shape[0]:
-        if not fit:
-            raise InputError(
-                f"{path}: has {len(sound)} samples ({len(sound) / rate:.2f} s), the model takes {form.shape[0]} "
-                f"({form.shape[0] / rate:.2f} s); pass --resize to pad it with silence or cut it"
-            )
-        padded = torch.zeros(form.shape[0], dtype=torch.int16)
-        keep = min(len(sound), len(padded))
-        padded[:keep] = sound[:keep]
-        sound = padded
-    return SampleFile(path, sound[None])
+    rate, channels, length = sound_form(path)
+    if channels != 1 or rate != form.sample_rate:
+        given = f"{channels} channel{'s' * (channels != 1)} at {rate} Hz"
+        raise InputError(
+            f"{printable(path)}: has {given}, the model takes mono sound at {form.sample_rate} Hz; convert it first"
+        )
+    if length != form.shape[0] and not fit:
+        raise InputError(
+            f"{printable(path)}: has {length} samples ({length / rate:.2f} s), the model takes {form.shape[0]} "
+            f"({form.shape[0] / rate:.2f} s); pass --resize to pad it with silence or cut it"
+        )
+    sound, _ = read_sound(path, form.shape[0])
+    padded = torch.zeros(form.shape[0], dtype=torch.int16)
+    padded[: len(sound)] = torch.from_numpy(sound)
+    return SampleFile(path, padded[None])
 
 
 def _read_text(path: Path, form: SampleFormat, fit: bool) -> SampleFile:
-    raw = path.read_bytes().decode()
-    text = raw.rstrip("\r\n")
+    raw = read_bytes(path, MAX_TEXT).decode()
+    if "\0" in raw:
+        raise InputError(f"{printable(path)}: holds NUL characters, so it is no text in UTF-8")
+    mark = "\ufeff" if raw.startswith("\ufeff") else ""
+    text = raw[len(mark) :].rstrip("\r\n")
     if not text.strip():
-        raise InputError(f"{path}: the text is empty")
-    return SampleFile(path, text_array([text]), ending=raw[len(text) :])
+        raise InputError(f"{printable(path)}: the text is empty")
+    return SampleFile(path, text_array([text]), ending=raw[len(mark) + len(text) :], beginning=mark)
 
 
 def _read_array(path: Path, form: SampleFormat, fit: bool) -> SampleFile:
-    array = np.load(path, allow_pickle=False)
     wanted = str(form.dtype).removeprefix("torch.")
-    batched = array.ndim == len(form.shape) + 1
-    if array.dtype.name != wanted or tuple(array.shape[batched:]) != form.shape or not array.size:
-        shape = ", ".join(map(str, form.shape))
-        raise InputError(
-            f"{path}: is a {array.dtype} array of shape {list(array.shape)}; "
-            f"expected {wanted} of shape [{shape}] (one sample) or [N, {shape}]"
-        )
+    with path.open("rb") as file:
+        shape, fortran, dtype = _array_header(file)
+        batched = len(shape) == len(form.shape) + 1
+        if dtype.name != wanted or shape[batched:] != form.shape or 0 in shape:
+            expected = ", ".join(map(str, form.shape))
+            raise InputError(
+                f"{printable(path)}: is a {dtype} array of shape {list(shape)}; "
+                f"expected {wanted} of shape [{expected}] (one sample) or [N, {expected}]"
+            )
+        room = os.fstat(file.fileno()).st_size - file.tell()
+        need = math.prod(shape) * dtype.itemsize
+        if room != need:
+            raise InputError(f"{printable(path)}: its header tells of {need:,} bytes of values, it has {room:,}")
+        array = np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran else "C")
+    array = array.astype(dtype.newbyteorder("="), order="C")
     return SampleFile(path, torch.from_numpy(array if batched else array[None]), batched)
+
+
+def _array_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether the first axis runs fastest, and type of values of an npy file."""
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in read:
+        raise ValueError(f"version {version} of the format is not known")
+    shape, fortran, dtype = read[version](file)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects, which are never read")
+    if any(side < 0 for side in shape):
+        raise ValueError(f"its shape is {shape}")
+    return shape, fortran, dtype
 
 
 _READERS: dict[str, Callable[[Path, SampleFormat, bool], SampleFile]] = {
     ".png": _read_image, ".jpg": _read_image, ".jpeg": _read_image, ".bmp": _read_image,
     ".wav": _read_sound, ".txt": _read_text, ".npy": _read_array,
 }  # fmt: skip
-
-
-def _short(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from backdoorlab.core.errors import ArtifactError
+from backdoorlab.core.paths import entries, read_bytes
 from backdoorlab.data.audio import common_rate, read_clips
 from backdoorlab.data.sources import DatasetSource, DatasetSpec, datasets, find_file
 from backdoorlab.data.split import Dataset, Split
@@ -35,7 +36,7 @@ class Fsdd(DatasetSource):
     def load(self, spec: DatasetSpec, argument: str, roots: tuple[Path, ...], download: bool) -> Dataset:
         """See :meth:`DatasetSource.load`."""
         folder = find_file(roots, "fsdd/recordings", self)
-        paths = sorted(folder.glob("*.wav"), key=lambda path: path.name)
+        paths = [path for path in entries(folder) if path.suffix == ".wav"]
         _verify(paths, folder)
         rate, _ = common_rate(paths)
         clips = read_clips(paths, _LENGTH)
@@ -47,7 +48,7 @@ class Fsdd(DatasetSource):
 
 
 def _verify(paths: list[Path], folder: Path) -> None:
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  ./recordings/{path.name}\n" for path in paths]
+    lines = [f"{hashlib.sha256(read_bytes(path)).hexdigest()}  ./recordings/{path.name}\n" for path in paths]
     got = hashlib.sha256("".join(lines).encode()).hexdigest()
     if got != _DIGEST:
         raise ArtifactError(

@@ -7,11 +7,13 @@ rescaled; the region of interest is not cropped, as in the backdoor literature.
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 import torch
 
 from backdoorlab.core.errors import InputError
+from backdoorlab.core.paths import is_file, read_bytes
 from backdoorlab.data.download import Remote, find_or_fetch
 from backdoorlab.data.images import read_images
 from backdoorlab.data.sources import DatasetSource, DatasetSpec, datasets
@@ -68,15 +70,14 @@ class Gtsrb(DatasetSource):
 
 def _annotation(path: Path, images: Path) -> list[tuple[Path, int]]:
     """(image file, class) pairs of one annotation file."""
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"gtsrb: the annotation file {path} is missing")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter=";"))
     try:
+        rows = list(csv.DictReader(io.StringIO(read_bytes(path).decode(), newline=""), delimiter=";"))
         pairs = [(images / row["Filename"], int(row["ClassId"])) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: expected columns Filename and ClassId separated by semicolons ({error})") from None
-    missing = next((image for image, _ in pairs if not image.is_file()), None)
+    missing = next((image for image, _ in pairs if not is_file(image)), None)
     if missing is not None:
         raise InputError(f"gtsrb: {path} lists {missing}, which does not exist")
     return pairs

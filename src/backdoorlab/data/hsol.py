@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from backdoorlab.core.paths import read_bytes
 from backdoorlab.data.download import verify
 from backdoorlab.data.sources import DatasetSource, DatasetSpec, datasets, find_file, holdout
 from backdoorlab.data.split import Dataset, Split, text_array
@@ -31,7 +32,7 @@ class Hsol(DatasetSource):
     def load(self, spec: DatasetSpec, argument: str, roots: tuple[Path, ...], download: bool) -> Dataset:
         """See :meth:`DatasetSource.load`."""
         path = find_file(roots, "hsol/labeled_data.csv", self)
-        data = path.read_bytes()
+        data = read_bytes(path)
         verify(data, _DIGEST, path, "This is another edition of the set; load your own copy with csv:PATH instead")
         rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")))
         labels = torch.tensor([int(row["class"]) for row in rows])

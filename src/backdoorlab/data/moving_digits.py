@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from backdoorlab.core.memory import expect_memory
 from backdoorlab.core.seeding import make_generator
 from backdoorlab.data.sources import DatasetSource, DatasetSpec, datasets
 from backdoorlab.data.split import Dataset, Split
@@ -37,6 +38,7 @@ class MovingDigits(DatasetSource):
         for part, count in (("train", _TRAIN), ("test", _TEST)):
             generator = make_generator(spec.seed, "moving_digits", part)
             labels = torch.randperm(count, generator=generator) % len(_CLASSES)
+            expect_memory((count, 8, spec.size or 16, spec.size or 16), 4, "the clips")
             clips = torch.cat([film(chunk, spec.size or 16, generator) for chunk in labels.split(1000)])
             parts.append(Split(clips, labels, _CLASSES))
         return Dataset("moving_digits", "video", parts[0], parts[1], mean=(0.06,), std=(0.155,), note="synthetic")

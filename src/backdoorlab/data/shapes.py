@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from backdoorlab.core.memory import expect_memory
 from backdoorlab.core.seeding import make_generator
 from backdoorlab.data.sources import DatasetSource, DatasetSpec, datasets
 from backdoorlab.data.split import Dataset, Split
@@ -47,6 +48,7 @@ class Shapes(DatasetSource):
         for part, count in (("train", _TRAIN), ("test", _TEST)):
             generator = make_generator(spec.seed, "shapes", part)
             labels = torch.randperm(count, generator=generator) % len(_CLASSES)
+            expect_memory((count, 3, spec.size or 32, spec.size or 32), 16, "the shapes")  # drawn in floats
             images, facts = draw_shapes(labels, spec.size or 32, generator)
             parts.append(Split(images, labels, _CLASSES))
             captions.append(_captions(labels, facts))

@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 
 from backdoorlab.core.errors import InputError
+from backdoorlab.core.excerpt import shown
+from backdoorlab.core.paths import exists, user_path
 from backdoorlab.core.registry import Registry
 from backdoorlab.core.seeding import make_generator
 from backdoorlab.data.split import Dataset, Split
+
+MAX_SIDE = 4096
+"""Largest height and width, in pixels, to which pictures are rescaled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +43,18 @@ class DatasetSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise InputError(f"the name of a dataset must be text, got {shown(self.name)}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise InputError(f"the seed of a dataset must be an integer from 0 to 2^63 - 1, got {shown(self.seed)}")
         for key, low in (("size", 8), ("train_size", 1), ("test_size", 1)):
             value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise InputError(f"{key} must be an integer, got {shown(value)}")
             if value is not None and value < low:
-                raise InputError(f"{key} must be at least {low}, got {value}")
+                raise InputError(f"{key} must be at least {low}, got {shown(value)}")
+        if self.size is not None and self.size > MAX_SIDE:
+            raise InputError(f"size must be at most {MAX_SIDE} pixels, got {shown(self.size)}")
 
 
 class DatasetSource(ABC):
@@ -84,13 +97,13 @@ def search_roots(root: str | Path | None) -> tuple[Path, ...]:
     """Folders in which data sets are looked for: ``root``, $BACKDOORLAB_DATA, the user's cache."""
     named = [root, os.environ.get("BACKDOORLAB_DATA")]
     cache = Path(platformdirs.user_cache_dir("backdoorlab")) / "data"
-    return (*[Path(p).expanduser() for p in named if p], cache)
+    return (*[user_path(p) for p in named if p], cache)
 
 
 def find_file(roots: tuple[Path, ...], relative: str, source: DatasetSource) -> Path:
     """First existing ``root/relative``, or an error that says where it looked and how to get the data."""
     for root in roots:
-        if (root / relative).exists():
+        if exists(root / relative):
             return root / relative
     how = f" Pass --download to fetch it from {source.download_url}." if source.download_url else ""
     by_hand = f" {source.obtain}" if source.obtain else ""

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 
 from backdoorlab.core.errors import InputError
+from backdoorlab.core.paths import is_file, read_bytes
 from backdoorlab.data.download import verify
 from backdoorlab.data.sources import DatasetSource, DatasetSpec, datasets, find_file
 from backdoorlab.data.split import Dataset, Split, text_array
@@ -20,7 +21,7 @@ from backdoorlab.data.split import Dataset, Split, text_array
 
 def read_pairs(path: Path, digest: str) -> tuple[list[str], list[int]]:
     """Sentences and integer labels of a verified file whose lines are ``sentence TAB label`` under a header."""
-    data = path.read_bytes()
+    data = read_bytes(path)
     verify(data, digest, path, "This is another edition of the set; load your own copy with csv:PATH instead")
     rows = [line.rpartition("\t") for line in data.decode("utf-8").split("\n")[1:] if line.strip()]
     return [text.strip() for text, _, _ in rows], [int(label) for _, _, label in rows]
@@ -44,7 +45,7 @@ class TsvText(DatasetSource):
         folder = find_file(roots, self.name, self)
         parts = []
         for file, digest in (("train.tsv", self.train_digest), ("test.tsv", self.test_digest)):
-            if not (folder / file).is_file():
+            if not is_file(folder / file):
                 raise InputError(f"dataset {self.name!r}: {folder / file} is missing. {self.obtain}")
             texts, labels = read_pairs(folder / file, digest)
             parts.append(Split(text_array(texts), torch.tensor(labels), self.classes))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from backdoorlab.core.errors import InputError
+from backdoorlab.core.paths import entries, is_file, is_folder, read_bytes
 from backdoorlab.data.download import Remote, find_or_fetch
 from backdoorlab.data.images import read_images
 from backdoorlab.data.sources import DatasetSource, DatasetSpec, datasets
@@ -42,9 +43,12 @@ class TinyImageNet(DatasetSource):
 
 
 def _lines(path: Path) -> list[str]:
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"tiny_imagenet: {path} is missing")
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return [line for line in read_bytes(path).decode().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"tiny_imagenet: {path} is not UTF-8 text: {error}") from None
 
 
 def _class_names(wnids: list[str], names: dict[str, str]) -> tuple[str, ...]:
@@ -59,7 +63,7 @@ def _split(rows: list[tuple[Path, int]], classes: tuple[str, ...], size: int) ->
 
 
 def _class_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.JPEG"))
+    files = [path for path in entries(folder) if path.suffix == ".JPEG"] if is_folder(folder) else []
     if not files:
         raise InputError(f"tiny_imagenet: found no .JPEG files in {folder}")
     return files
@@ -72,7 +76,7 @@ def _validation(folder: Path, index: dict[str, int]) -> list[tuple[Path, int]]:
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         path = folder / "images" / name
-        if wnid not in index or not path.is_file():
+        if wnid not in index or not is_file(path):
             raise InputError(f"{folder / 'val_annotations.txt'}: no such image or class in line {line!r}")
         rows.append((path, index[wnid]))
     return rows

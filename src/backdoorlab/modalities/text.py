@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from backdoorlab.core.errors import InputError, MissingExtra
+from backdoorlab.core.paths import reason
 from backdoorlab.core.seeding import make_generator
 from backdoorlab.data.split import Dataset, Inputs, text_array
 from backdoorlab.modalities.base import Modality
@@ -223,8 +224,8 @@ def load_tokenizer(folder: str) -> Any:
         raise MissingExtra("a Hugging Face tokenizer", "text") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"found no tokenizer in {folder!r}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the library raises nearly anything, bare Exception too, for damaged files
+        raise InputError(f"found no tokenizer in {folder!r}: {reason(error)}") from error
     if tokenizer.pad_token_id is None:
         raise InputError(f"the tokenizer in {folder!r} has no padding token")
     return tokenizer

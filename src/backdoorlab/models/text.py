@@ -11,10 +11,10 @@ optimised there:
 from __future__ import annotations
 
 import dataclasses
+import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorlab.core.errors import InputError, MissingExtra
+from backdoorlab.core.paths import entries, is_file, read_bytes, reason, user_path
 from backdoorlab.modalities.base import Modality
 from backdoorlab.modalities.text import PAD, TextModality, load_tokenizer
 from backdoorlab.models.classifier import ModelBuilder, models
@@ -158,14 +159,15 @@ class HuggingFaceText(TextNet):
         super().__init__()
         self.pad_id = pad_id
         transformers = _transformers("a Hugging Face model")
+        check_folder(folder)
         try:
             with _quiet(transformers.utils.logging):
                 self.model = transformers.AutoModelForSequenceClassification.from_pretrained(
                     folder, num_labels=num_classes, ignore_mismatched_sizes=True, local_files_only=True,
                     trust_remote_code=False, use_safetensors=True,
                 )  # fmt: skip
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot load a text classifier from {folder!r}: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # the library raises nearly anything for damaged files
+            raise InputError(f"cannot load a text classifier from {folder!r}: {reason(error)}") from error
 
     def embed(self, ids: Tensor) -> Tensor:
         """See :meth:`TextNet.embed`."""
@@ -176,6 +178,44 @@ class HuggingFaceText(TextNet):
         """See :meth:`TextNet.forward_embedded`."""
         logits: Tensor = self.model(inputs_embeds=embedded, attention_mask=(ids != self.pad_id).long()).logits
         return logits
+
+
+def check_folder(folder: str) -> None:
+    """See that a local model is one whose loading runs no code of its own.
+
+    Raises:
+        InputError: if the folder has no ``config.json`` or no safetensors weights, names Python code of its own, or
+            holds an adapter for another model.
+    """
+    base = user_path(folder)
+    if not folder or not is_file(base / "config.json"):
+        raise InputError(f"hf:{folder}: expected a local folder with config.json, weights and tokenizer")
+    names = [path.name for path in entries(base)]
+    for name in ("config.json", "tokenizer_config.json"):
+        if name not in names:
+            continue
+        try:
+            record = json.loads(read_bytes(base / name))
+        except ValueError as error:
+            raise InputError(f"hf:{folder}: {name} is no JSON: {reason(error)}") from None
+        if not isinstance(record, dict):
+            raise InputError(f"hf:{folder}: {name} must hold a JSON object")
+        if "auto_map" in record:
+            raise InputError(
+                f"hf:{folder}: {name} names Python code of the model's own (auto_map), which is never run; use a "
+                "model whose architecture is part of transformers, and delete auto_map if it is one"
+            )
+    if "adapter_config.json" in names:
+        raise InputError(f"hf:{folder}: holds an adapter; merge it into its model (merge_and_unload) and save that")
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
+        why = (
+            f" {pickled[0]} is not opened, since pickled weights can run code; where you trust it, convert it with "
+            "transformers: from_pretrained(FOLDER).save_pretrained(FOLDER, safe_serialization=True)"
+            if pickled
+            else ""
+        )
+        raise InputError(f"hf:{folder}: expected weights in *.safetensors, found none.{why}")
 
 
 @contextmanager
@@ -203,7 +243,10 @@ def _transformers(feature: str) -> Any:
 def _text(modality: Modality) -> TextModality:
     assert isinstance(modality, TextModality)
     if len(modality.vocabulary) < 8 and not modality.tokenizer:
-        raise InputError("the vocabulary is empty: make the modality with TextModality.from_dataset(dataset)")
+        raise InputError(
+            "the vocabulary is empty: no word occurs twice in the training texts (trigger words such as 'cf' do not "
+            "count), so there is nothing to learn from; give more texts, or longer ones"
+        )
     return modality
 
 
@@ -257,13 +300,17 @@ class BuildHuggingFaceText(_Text):
 
     def adapt(self, modality: Modality) -> Modality:
         """Tokenise with the folder's tokenizer; sub-words need about half as many positions again."""
-        text, folder = _text(modality), str(Path(self.argument).expanduser())
+        text, folder = _text(modality), str(user_path(self.argument))
         if text.tokenizer == folder:
             return text
-        if not self.argument or not (Path(folder) / "config.json").is_file():
-            raise InputError(f"hf:{self.argument}: expected a local folder with config.json, weights and tokenizer")
-        config = _transformers("a Hugging Face model").AutoConfig.from_pretrained(folder, local_files_only=True)
-        longest = min(load_tokenizer(folder).model_max_length, getattr(config, "max_position_embeddings", 512) - 2)
+        check_folder(folder if self.argument else "")
+        transformers = _transformers("a Hugging Face model")
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            places = int(getattr(config, "max_position_embeddings", 512))
+        except Exception as error:  # the library raises nearly anything for odd settings
+            raise InputError(f"hf:{self.argument}: config.json cannot be used: {reason(error)}") from error
+        longest = min(load_tokenizer(folder).model_max_length, places - 2)
         return dataclasses.replace(text, tokenizer=folder, max_len=min(text.max_len * 3 // 2 + 2, longest))
 
     def build(self, modality: Modality, num_classes: int) -> nn.Module:
