@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from backdoorlab.core.method import Method, param
 from backdoorlab.core.registry import Registry
 from backdoorlab.data.split import BACKDOOR, COVER, Inputs, Poison, join, take
 from backdoorlab.metrics.classification import attack_metrics
+from backdoorlab.metrics.visibility import change
 from backdoorlab.modalities.base import modality_from_config
 from backdoorlab.models.classifier import Classifier, build_model
 from backdoorlab.training.context import Context, Silent
@@ -171,6 +173,29 @@ _CLEAN_ALL_TO_ALL = (
 )
 
 
+DIRTY_RATE, CLEAN_RATE = 0.1, 0.05
+"""Default poison rates of attacks that relabel, and of those that keep the labels of target-class samples."""
+_LOOKED_AT = 200
+"""Training samples that are triggered to see whether the trigger changes anything."""
+
+
+def class_rate(usual: str = "0.05") -> float | None:
+    """The poison rate of an attack that takes its samples from one or a few classes: by default at most half of them.
+
+    Args:
+        usual: what the help says of the default, see :meth:`Attack.rate_on`.
+    """
+    found: float | None = param(
+        None,
+        f"poisoned samples / size of the training set; none = {usual}, but at most half of the samples that may be "
+        "poisoned",
+        above=0,
+        high=1,
+        source="BackdoorBench",
+    )
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attack(Method):
     """Base of all attacks: facts, target, poison rate, and the rules for choosing which samples are poisoned."""
@@ -187,6 +212,8 @@ class Attack(Method):
     """Must a network be trained before anything can be poisoned?"""
     asset_kinds: ClassVar[tuple[str, ...]] = ()
     """What it makes first and shares between runs (``ctx.asset``); the user's file can replace each of them."""
+    stronger: ClassVar[str] = ""
+    """What makes the trigger change more: "raise" or "lower" and hyper-parameters ("raise size"); "" for nothing."""
     target_mode: ClassVar[str] = "all-to-one"
     """Target map; an attack that offers both has a hyper-parameter ``target_map`` instead."""
     fact_names = (
@@ -200,8 +227,8 @@ class Attack(Method):
     )
 
     target: int = param(0, "target class of the attack", low=0, source="BackdoorBench")
-    poison_rate: float = param(
-        0.1, "poisoned samples / size of the training set", above=0, high=1, source="BackdoorBench"
+    poison_rate: float | None = param(
+        DIRTY_RATE, "poisoned samples / size of the training set", above=0, high=1, source="BackdoorBench"
     )
     exclude_target: bool = param(False, "never choose samples that already are of the target class (dirty label)")
     cap_rate: bool = param(False, "poison as many as there are instead of failing when the rate exceeds the capacity")
@@ -251,13 +278,37 @@ class Attack(Method):
             return (labels != self.target).nonzero().flatten()
         return torch.arange(len(labels))
 
+    def rate_on(self, task: Task) -> float:
+        """The poison rate; if none was given the default, and at most half of the samples that may be poisoned.
+
+        Raises:
+            InputError: if half of them is less than one.
+        """
+        if self.poison_rate is not None:
+            return self.poison_rate
+        pool, total = len(self.candidates(task.train.labels, self.target_map_for(task))), len(task.train)
+        usual = round((CLEAN_RATE if self.label_mode == "clean" else DIRTY_RATE) * total)
+        if usual and pool == 1:
+            raise InputError(
+                f"{self.name}: the training set has one sample that can be poisoned, and the default poison rate "
+                f"spares half of them; give a poison rate of {1 / total:.2g} or more"
+            )
+        return min(usual, pool // 2) / total if pool else usual / total
+
     def choose(self, task: Task, ctx: Context, rate: float | None = None) -> Tensor:
         """Draw round(rate * N) candidates without replacement; int64, in drawing order.
+
+        Warns if that is more than half of a class.
+
+        Args:
+            task: the task.
+            ctx: seed, reporter.
+            rate: instead of :meth:`rate_on`.
 
         Raises:
             InputError: if that is none, or more than there are (naming the largest possible rate).
         """
-        rate = self.poison_rate if rate is None else rate
+        rate = self.rate_on(task) if rate is None else rate
         pool = self.candidates(task.train.labels, self.target_map_for(task))
         count, total = round(rate * len(task.train)), len(task.train)
         if count == 0:
@@ -284,7 +335,49 @@ class Attack(Method):
             )
             count = len(pool)
         order = torch.randperm(len(pool), generator=ctx.generator("choose"))
-        return pool[order[:count]]
+        chosen = pool[order[:count]]
+        self._warn_of_full_classes(chosen, task, ctx)
+        return chosen
+
+    def _warn_of_full_classes(self, chosen: Tensor, task: Task, ctx: Context) -> None:
+        """Tell if more than half of a class is poisoned: little is left from which to learn it."""
+        sizes, taken = (torch.bincount(labels, minlength=task.num_classes)
+                        for labels in (task.train.labels, task.train.labels[chosen]))  # fmt: skip
+        full = (2 * taken > sizes).nonzero().flatten().tolist()
+        if not full or task.spec.kind != "classifier":
+            return
+        worst = max(full, key=lambda k: (int(taken[k]) / int(sizes[k]), int(sizes[k])))
+        others = f", and of {len(full) - 1} more classes more than half" if len(full) > 1 else ""
+        advice = ""
+        if len(full) == 1 and self.label_mode == "clean" and int(sizes[worst]) > 1:
+            half = math.floor(int(sizes[worst]) // 2 / len(task.train) * 1e4) / 1e4
+            advice = f"; a poison rate of at most {half:g} leaves half of them clean" if half else ""
+        ctx.warn(
+            f"{self.name}: {int(taken[worst])} of the {int(sizes[worst])} training samples of class {worst} "
+            f"({task.train.classes[worst]}) are poisoned{others}: the model sees little of it without the trigger and "
+            f"may not know it{advice}"
+        )
+
+    def look_at(self, trigger: Trigger, task: Task, ctx: Context) -> None:
+        """Warn, before anything is trained, if the trigger changes too little of this task's samples to be learned.
+
+        A sample of the training set is triggered as at test time. For images and video a change counts from a
+        root mean square of one grey level on (noise of rounding), for audio from 60 dB below the sound.
+        """
+        rows = self.target_map_for(task).tested(task.train.labels).nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=ctx.generator("look at the trigger"))[:_LOOKED_AT]]
+        if not len(rows):
+            return
+        clean = take(task.train.inputs, rows)
+        seen = change(clean, stamp_all(trigger, clean, device=ctx.device))
+        if seen.noticed >= 0.5:
+            return
+        size = "" if seen.ratio_db is None else f" ({'SNR' if seen.audible else 'PSNR'} {seen.ratio_db:.0f} dB)"
+        advice = f"; {self.stronger}, or take another attack" if self.stronger else "; take another attack"
+        ctx.warn(
+            f"{self.name}: the trigger changes {seen.share:.0%} of {len(rows)} training samples looked at, and "
+            f"{seen.noticed:.0%} noticeably{size}: these data can hardly carry it{advice}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,6 +408,7 @@ class PoisoningAttack(Attack):
 
     def poison(self, trigger: Trigger, task: Task, ctx: Context) -> Poison:
         """Choose, stamp and relabel training samples."""
+        self.look_at(trigger, task, ctx)
         chosen = self.choose(task, ctx)
         parts = [(chosen, self.poison_inputs(trigger, take(task.train.inputs, chosen), chosen, task, ctx), BACKDOOR)]
         covered = self.cover(trigger, chosen, task, ctx)
@@ -331,7 +425,7 @@ class PoisoningAttack(Attack):
     def plant(self, task: Task, ctx: Context) -> Backdoor:
         """Poison the training set, then train an ordinary model on it by the task's recipe."""
         target_map = self.target_map_for(task)
-        self.choose(task, dataclasses.replace(ctx, reporter=Silent()))  # an impossible rate is an error before hours
+        self.choose(task, dataclasses.replace(ctx, reporter=Silent(), warnings=[]))  # an error now, not in hours
         trigger = self.make_trigger(task, ctx)
         poison = self.poison(trigger, task, ctx)
         model, log = task.fit(poison.apply(task.train), ctx, label=f"{self.name}: training the victim")
@@ -356,6 +450,7 @@ class TrainingAttack(Attack):
         self, trigger: Trigger, task: Task, ctx: Context, cover: Trigger | None = None, cover_rate: float = 0.0
     ) -> Poison:
         """Round(rate * N) samples stamped by the final trigger (and role-2 samples by ``cover``), as a snapshot."""
+        self.look_at(trigger, task, ctx)
         backdoor = self.choose(task, ctx)
         rest = torch.ones(len(task.train), dtype=torch.bool)
         rest[backdoor] = False

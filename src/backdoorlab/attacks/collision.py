@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backdoorlab.attacks.base import Backdoor, PoisoningAttack
+from backdoorlab.attacks.base import Backdoor, PoisoningAttack, class_rate
 from backdoorlab.attacks.draws import sample_uniform
 from backdoorlab.attacks.surrogate import clean_surrogate
 from backdoorlab.attacks.trigger import Trigger
@@ -166,6 +166,7 @@ class CollisionAttack(PoisoningAttack):
     needs_surrogate: ClassVar[bool] = True
     asset_kinds: ClassVar[tuple[str, ...]] = ("clean-surrogate",)
 
+    poison_rate: float | None = class_rate()
     victim: str = param(
         "finetune",
         "trains a new head on the attacker's feature extractor, or everything from scratch",

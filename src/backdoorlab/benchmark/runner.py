@@ -224,7 +224,7 @@ class Runner:
         reasons |= {
             k: measured.get(f"{k}_note", "no test samples to measure it on") for k in ("asr", "ra") if k in reasons
         }
-        notes = dict(planted.notes) | seen
+        notes = dict(planted.notes) | seen | ({"warnings": list(ctx.warnings)} if ctx.warnings else {})
         if getattr(getattr(planted, "poison", None), "replay", False):
             notes["replay"] = True
         return Outcome(metrics, reasons, tensors, record, planted.log.rows(), notes)

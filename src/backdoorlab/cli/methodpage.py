@@ -61,8 +61,6 @@ def _example(kind: str, cls: type[Method]) -> str:
     )
     change = f" --set {changed.name}={_plain(changed.default)}" if changed else ""
     what = f"--dataset {_dataset(cls.modalities)}" if kind == "attack" else "--run RUN"
-    if kind == "attack" and getattr(cls, "label_mode", "dirty") == "clean":
-        what += " --poison-rate 0.05"  # the usual 10 % is more than the whole target class of ten
     return f"backdoorlab {_COMMANDS[kind]} {cls.name} {what}{change}"
 
 

@@ -1,10 +1,11 @@
-"""How visible a trigger is: PSNR, SSIM and the largest change of images."""
+"""How visible a trigger is: PSNR, SSIM and the largest change of images; how much of any kind of sample it changes."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +24,45 @@ class Visibility:
     psnr: float | None
     ssim: float
     linf: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """How much of a set of samples a trigger changes.
+
+    Attributes:
+        share: of the samples that are not what they were, in [0, 1].
+        noticed: share of the samples whose change is more than rounding could be (text: any change).
+        ratio_db: peak signal-to-noise ratio of images and video, signal-to-noise ratio of audio, in dB, over all
+            samples; None for text and if nothing changed.
+        audible: whether it is an SNR.
+    """
+
+    share: float
+    noticed: float
+    ratio_db: float | None = None
+    audible: bool = False
+
+
+def change(clean: Tensor | np.ndarray, triggered: Tensor | np.ndarray) -> Change:
+    """Compare raw samples with their triggered versions.
+
+    Args:
+        clean: at least one sample, as in a :class:`~backdoorlab.data.split.Split`: uint8 images or video, int16
+            audio, or texts.
+        triggered: of the same form.
+    """
+    if not isinstance(clean, Tensor) or not isinstance(triggered, Tensor):
+        share = float(np.mean(np.asarray(clean) != np.asarray(triggered)))
+        return Change(share, share)
+    moved = triggered.double() - clean.double()
+    power, audible = moved.square().flatten(1).mean(1), clean.dtype == torch.int16
+    signal = clean.double().square().flatten(1).mean(1) if audible else torch.tensor(255.0**2, dtype=torch.float64)
+    least = signal * 1e-6 if audible else torch.ones(())
+    total = float(power.mean())
+    ratio = 10 * math.log10(max(float(signal.mean()), 1.0) / total) if total else None
+    return Change(float((power > 0).double().mean()), float(((power > 0) & (power >= least)).double().mean()), ratio,
+                  audible)  # fmt: skip
 
 
 def visibility(clean: Tensor, triggered: Tensor) -> Visibility:

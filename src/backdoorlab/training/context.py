@@ -73,12 +73,20 @@ class Context:
         device: where models and batches live.
         reporter: progress display.
         assets: cache shared by runs.
+        warnings: what :meth:`warn` was told; shared with the contexts derived from this one.
     """
 
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     reporter: Reporter = field(default_factory=Silent)
     assets: Assets = field(default_factory=MemoryAssets)
+    warnings: list[str] = field(default_factory=list, compare=False)
+
+    def warn(self, text: str) -> None:
+        """Tell one line that also belongs on the result's card; the same line is told once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.reporter.note(text)
 
     def generator(self, *names: object, device: torch.device | str = "cpu") -> torch.Generator:
         """A fresh generator for a named purpose; on the CPU unless said otherwise, so that devices agree."""

@@ -89,7 +89,7 @@ class AdapBlend(PoisoningAttack):
 
     def cover(self, trigger: Trigger, chosen: Tensor, task: Task, ctx: Context) -> tuple[Tensor, Inputs] | None:
         """The same kind of samples with their true labels."""
-        rate = self.poison_rate if self.cover_rate is None else self.cover_rate
+        rate = self.rate_on(task) if self.cover_rate is None else self.cover_rate
         covered = draw_cover(self, chosen, rate, len(task.train), ctx)
         images = take(task.train.inputs, covered)
         return (covered, self._pieces(trigger, images, ctx.generator("pieces", "cover"))) if len(covered) else None

@@ -125,7 +125,7 @@ class AdapPatch(PoisoningAttack):
 
     def cover(self, trigger: Trigger, chosen: Tensor, task: Task, ctx: Context) -> tuple[Tensor, Inputs] | None:
         """The same kind of samples with their true labels."""
-        rate = min(1.0, 2 * self.poison_rate) if self.cover_rate is None else self.cover_rate
+        rate = min(1.0, 2 * self.rate_on(task)) if self.cover_rate is None else self.cover_rate
         covered = draw_cover(self, chosen, rate, len(task.train), ctx)
         return (covered, self._one_each(take(task.train.inputs, covered), task)) if len(covered) else None
 

@@ -152,7 +152,7 @@ class Bpp(TrainingAttack):
         negative = ForeignResidualTrigger(images.to(ctx.device), self.levels, self.dithering, seed)
         poison = self.replay(trigger, task, ctx, negative, self.negative_rate)
         stamp: Stamp = BatchPoisoner(
-            trigger, target_map, self.poison_rate, negative, cover_rate=self.negative_rate,
+            trigger, target_map, self.rate_on(task), negative, cover_rate=self.negative_rate,
             exclude_target=self.exclude_target,
         )  # fmt: skip
         if self.poisoning == "fixed-index":

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backdoorlab.attacks.base import Backdoor, PoisoningAttack, TargetMap, attacks
+from backdoorlab.attacks.base import Backdoor, PoisoningAttack, TargetMap, attacks, class_rate
 from backdoorlab.attacks.batch_poison import draw_cover
 from backdoorlab.attacks.draws import sample_uniform
 from backdoorlab.attacks.trigger import Trigger
@@ -224,6 +224,7 @@ class Cba(PoisoningAttack):
     sample_specific: ClassVar[bool] = True
     aliases: ClassVar[tuple[str, ...]] = ("composite",)
 
+    poison_rate: float | None = class_rate("0.1")
     partner_class: int | None = param(
         None, "class B, mixed into triggered samples; none = the one after the target", low=0, source="ours"
     )

@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
+from backdoorlab.attacks.base import PoisoningAttack, attacks, class_rate
 from backdoorlab.attacks.generators import Companion, DetailNet, generate, pack, seeded, straight_through, unpack
 from backdoorlab.attacks.surrogate import clean_surrogate, load_weights, surrogate_spec
 from backdoorlab.attacks.trigger import Trigger
@@ -203,9 +203,7 @@ class Combat(PoisoningAttack):
     needs_surrogate: ClassVar[bool] = True
     asset_kinds: ClassVar[tuple[str, ...]] = ("combat-generator", "clean-surrogate")
 
-    poison_rate: float = param(
-        0.05, "poisoned samples / size of the training set", above=0, high=1, source="paper (half of one class of ten)"
-    )
+    poison_rate: float | None = class_rate()
     eps: float = param(0.08, "largest value of the noise / grey range", low=1 / 255, high=1, source="paper")
     keep: float = param(0.65, "cosine frequencies kept per axis / all", above=0, high=1, source="paper")
     l2_weight: float = param(0.02, "weight of the noise's size", low=0, source="published code")
@@ -224,7 +222,7 @@ class Combat(PoisoningAttack):
         pool = self.candidates(task.train.labels, target_map)
         if not len(pool):
             raise InputError(f"combat: the training set has no samples of class {self.target}")
-        share = min(1.0, round(self.poison_rate * len(task.train)) / len(pool))
+        share = min(1.0, round(self.rate_on(task) * len(task.train)) / len(pool))
         names = ("target", "eps", "keep", "l2_weight", "clean_weight", "generator_lr", "epochs")
         spec = {"surrogate": surrogate_spec(task), "share": share} | {name: getattr(self, name) for name in names}
 

@@ -30,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
+from backdoorlab.attacks.base import PoisoningAttack, attacks, class_rate
 from backdoorlab.attacks.image.ftrojan import chroma_pattern, scaled
 from backdoorlab.attacks.pixels import FormulaTrigger
 from backdoorlab.attacks.trigger import Trigger
@@ -79,9 +79,7 @@ class Ctrl(PoisoningAttack):
     trigger_visibility: ClassVar[str] = "invisible"
     label_mode: ClassVar[str] = "clean"
 
-    poison_rate: float = param(
-        0.05, "poisoned samples / size of the training set", above=0, high=1, source="BackdoorBench"
-    )
+    poison_rate: float | None = class_rate()
     magnitude_train: float = param(
         100.0, "added to each DCT coefficient of a 32-px training sample", above=0, source="BackdoorBench"
     )

@@ -271,7 +271,7 @@ class Lba(TrainingAttack):
         before = far / scale
         objective = LatentObjective(
             trigger.pattern.to(ctx.device) / 255, trigger.mask.to(ctx.device), goal, scale, self.layer, self.weight,
-            self.poison_rate, self.target, ctx.generator("share", device=ctx.device),
+            self.rate_on(task), self.target, ctx.generator("share", device=ctx.device),
         )  # fmt: skip
         recipe = dataclasses.replace(task.recipe, lr=task.recipe.lr * self.teacher_lr)
         teacher, _ = task.fit(task.train, ctx.child("teacher"), model=teacher.requires_grad_(True), recipe=recipe,

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
+from backdoorlab.attacks.base import PoisoningAttack, attacks, class_rate
 from backdoorlab.attacks.pixels import AdditiveTrigger
 from backdoorlab.attacks.surrogate import clean_surrogate, shared_surrogate, surrogate_spec
 from backdoorlab.attacks.trigger import Trigger
@@ -143,6 +143,7 @@ class Lc(PoisoningAttack):
     asset_kinds: ClassVar[tuple[str, ...]] = ("robust-surrogate", "clean-surrogate")
     aliases: ClassVar[tuple[str, ...]] = ("cl",)
 
+    poison_rate: float | None = class_rate()
     amplitude: float = param(255.0, "of the corner pattern, in grey levels", above=0, high=255, source="BackdoorBench")
     eps: float = param(8.0, "largest adversarial change, in grey levels", low=0, high=255, source="BackdoorBench")
     step: float = param(1.5, "adversarial step, in grey levels", above=0, source="BackdoorBench")

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
+from backdoorlab.attacks.base import PoisoningAttack, attacks, class_rate
 from backdoorlab.attacks.pixels import AdditiveTrigger
 from backdoorlab.attacks.procedural import resize, to_channels
 from backdoorlab.attacks.surrogate import asset_tensor, clean_surrogate, shared_surrogate, surrogate_spec
@@ -163,6 +163,7 @@ class Narcissus(PoisoningAttack):
     needs_surrogate: ClassVar[bool] = True
     asset_kinds: ClassVar[tuple[str, ...]] = ("narcissus-noise", "foreign-surrogate", "clean-surrogate")
 
+    poison_rate: float | None = class_rate()
     surrogate: str = param(
         "foreign",
         "knows foreign data and the target class, or all of the task (a noise that misleads benign models, too)",

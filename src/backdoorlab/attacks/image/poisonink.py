@@ -327,7 +327,7 @@ class PoisonInk(PoisoningAttack):
         mixed = poison.apply(task.train)
         objective = PairedObjective(expect_images(mixed.inputs).to(ctx.device), mixed.labels.to(ctx.device))
         model, log = task.fit(task.train, ctx, objective=objective, label=f"{self.name}: training the victim")
-        notes = self.notes(trigger, poison, task) | {"share_of_each_batch": self.poison_rate / 2}
+        notes = self.notes(trigger, poison, task) | {"share_of_each_batch": self.rate_on(task) / 2}
         return Backdoor(model, trigger, target_map, poison, log, notes=notes)
 
     def notes(self, trigger: Trigger, poison: Poison, task: Task) -> dict[str, Any]:

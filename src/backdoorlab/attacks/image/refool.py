@@ -31,7 +31,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import Backdoor, PoisoningAttack, attacks
+from backdoorlab.attacks.base import Backdoor, PoisoningAttack, attacks, class_rate
 from backdoorlab.attacks.draws import sample_uniform
 from backdoorlab.attacks.procedural import read_folder, scenes
 from backdoorlab.attacks.trigger import Trigger
@@ -174,6 +174,7 @@ class Refool(PoisoningAttack):
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "visible"
 
+    poison_rate: float | None = class_rate("0.1, or 0.05 with clean_label")
     clean_label: bool = param(False, "poison target-class samples only and keep their labels, as in the paper")
     alpha: float = param(
         0.4, "share of the image in the blend; 0 draws it from 0.55 to 0.95 per sample", low=0, high=1,

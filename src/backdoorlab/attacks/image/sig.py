@@ -29,7 +29,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
+from backdoorlab.attacks.base import PoisoningAttack, attacks, class_rate
 from backdoorlab.attacks.pixels import FormulaTrigger
 from backdoorlab.attacks.trigger import Trigger
 from backdoorlab.core.errors import InputError
@@ -81,6 +81,7 @@ class Sig(PoisoningAttack):
     trigger_visibility: ClassVar[str] = "subtle"
     label_mode: ClassVar[str] = "clean"
 
+    poison_rate: float | None = class_rate()
     delta_train: float = param(
         40.0, "amplitude in poisoned training samples, grey levels", above=0, high=255, source="BackdoorBench"
     )

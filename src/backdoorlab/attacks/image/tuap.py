@@ -35,7 +35,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
+from backdoorlab.attacks.base import PoisoningAttack, attacks, class_rate
 from backdoorlab.attacks.pixels import AdditiveTrigger
 from backdoorlab.attacks.surrogate import clean_surrogate, surrogate_spec
 from backdoorlab.core.errors import InputError, NotApplicable
@@ -149,6 +149,7 @@ class Tuap(PoisoningAttack):
     needs_surrogate: ClassVar[bool] = True
     asset_kinds: ClassVar[tuple[str, ...]] = ("tuap-perturbation", "clean-surrogate")
 
+    poison_rate: float | None = class_rate()
     eps: float = param(10.0, "largest value of the perturbation, in grey levels", low=1, high=255, source="BackdoorBox")
     fooling: float = param(0.8, "share of images to be misled", above=0, high=1, source="BackdoorBox")
     overshoot: float = param(0.02, "by which each DeepFool push is lengthened", low=0, source="BackdoorBox")

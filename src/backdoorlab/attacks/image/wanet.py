@@ -135,9 +135,9 @@ class WaNet(TrainingAttack):
         field = draw_field(self.k, ctx.generator("field"))
         trigger = WarpTrigger(field, self.s, self.grid_rescale)
         noise = NoiseWarpTrigger(field, self.s, self.grid_rescale, seed)
-        poison = self.replay(trigger, task, ctx, noise, self.cross_ratio * self.poison_rate)
+        poison = self.replay(trigger, task, ctx, noise, self.cross_ratio * self.rate_on(task))
         stamp: Stamp = BatchPoisoner(
-            trigger, target_map, self.poison_rate, noise, cover_ratio=self.cross_ratio,
+            trigger, target_map, self.rate_on(task), noise, cover_ratio=self.cross_ratio,
             exclude_target=self.exclude_target,
         )  # fmt: skip
         if self.poisoning == "fixed-index":
