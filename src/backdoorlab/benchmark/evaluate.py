@@ -207,7 +207,7 @@ def _dataset(
         scores = defense.score(seen, victim.model, ctx)
         flags = defense.flags(scores, seen)
     metrics, reasons = _detection(scores, flags, data)
-    tensors, record, log = {"scores": _verdicts(scores, flags)}, None, []
+    tensors, record, log, notes = {"scores": _verdicts(scores, flags)}, None, [], {}
     kept = (~flags.cpu().bool()).nonzero().flatten()
     left = int((data.roles[kept] == BACKDOOR).sum())
     metrics |= {"n_kept": len(kept), "residual_poison": left, "residual_rate": left / len(kept) if len(kept) else None}
@@ -223,8 +223,8 @@ def _dataset(
         with meter.part("retrain"):
             model, fitted = victim.task.fit(seen[kept], retraining, label="training on what was kept")
         after, (weights, record) = _measured(model, victim, meter)
-        metrics, tensors, log = after | metrics, tensors | weights, fitted.rows()
-    return Outcome(metrics, reasons, tensors, record, log)
+        metrics, tensors, log, notes = after | metrics, tensors | weights, fitted.rows(), fitted.notes()
+    return Outcome(metrics, reasons, tensors, record, log, notes)
 
 
 def _input(defense: InputDefense, victim: Victim, clean: Split, ctx: Context, meter: Meter) -> Outcome:

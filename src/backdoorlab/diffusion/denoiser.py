@@ -188,4 +188,5 @@ def fit_denoiser(
         return denoising_loss(model, model.schedule, generator=generator, **given)
 
     # The loop asks a model only for its parameters and its modality, which a denoiser has like a classifier.
-    return fit(cast(Classifier, model), split, recipe, objective=objective, context=context, label=label)
+    # Its loss is 1 where it predicts no noise at all.
+    return fit(cast(Classifier, model), split, recipe, objective=objective, chance=1.0, context=context, label=label)

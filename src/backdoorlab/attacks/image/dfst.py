@@ -59,7 +59,6 @@ from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context, Tensors
 from backdoorlab.training.evaluate import predict
-from backdoorlab.training.loop import FitLog
 from backdoorlab.training.task import Task
 
 SUNSETS, SAMPLES = 256, 1000
@@ -196,6 +195,7 @@ class Dfst(TrainingAttack):
             )
         pool = draw_cover(self, chosen, self.rounds * each / total, total, ctx)
         trigger = self.make_trigger(task, ctx)
+        self.look_at(trigger, task, ctx)
         poison = self.replay(trigger, task, ctx)
         model, log = task.fit(poison.apply(task.train), ctx, label=f"{self.name}: training the victim")
         whole = task.recipe.resolve(len(task.train))
@@ -218,7 +218,7 @@ class Dfst(TrainingAttack):
             )  # fmt: skip
             _, more = task.fit(poison.apply(task.train), own, model=model, recipe=shorter,
                                label=f"{self.name}: detoxifying, round {place + 1}")  # fmt: skip
-            log = FitLog(log.loss + more.loss, log.lr + more.lr, log.seconds + more.seconds, log.steps + more.steps)
+            log += more
         notes = {"schedule": task.recipe.name, "compromised": neurons, "fooled": fooled}
         return Backdoor(model, trigger, target_map, poison, log, notes=notes)
 

@@ -50,7 +50,6 @@ from backdoorlab.modalities.image import ImageModality, to_uint8
 from backdoorlab.models.anatomy import frozen
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context
-from backdoorlab.training.loop import FitLog
 from backdoorlab.training.task import Task
 
 SMALLEST = 16
@@ -148,6 +147,7 @@ class Lira(TrainingAttack):
     year: ClassVar[int] = 2021
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "invisible"
+    stronger: ClassVar[str] = "raise strength"
     sample_specific: ClassVar[bool] = True
 
     target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
@@ -182,7 +182,7 @@ class Lira(TrainingAttack):
         settled = dataclasses.replace(learning, live=None, companion=None)
         _, more = task.fit(task.train, ctx.child("stage 2"), model=model, recipe=stages[1], objective=settled,
                            label=f"{self.name}: training the victim")  # fmt: skip
-        log = FitLog(log.loss + more.loss, log.lr + more.lr, log.seconds + more.seconds, log.steps + more.steps)
+        log += more
         trigger = LiraTrigger(still, 255 * scale, (channels, height, width))
         poison = self.replay(trigger, task, ctx)
         notes = {"schedule": task.recipe.name, "stage_one_epochs": first, "grey_levels": float(255 * scale.max())}

@@ -214,7 +214,7 @@ class AntiBackdoorLearning(TrainingDefense):
             if float((predicted == suspects.labels.cpu()).float().mean()) < 1 / model.num_classes:
                 break
             with clipped_gradients(model, self.clip):
-                fit(model, suspects, once, objective=objective, context=dataclasses.replace(
+                fit(model, suspects, once, objective=objective, chance=math.inf, context=dataclasses.replace(
                     ctx.child("ascent", done), reporter=Silent()))  # fmt: skip
             done += steps
         return done
