@@ -7,6 +7,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from benchmark_cases import TINY
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +25,7 @@ import backdoorlab.benchmark.export as export_module
 from backdoorlab.attacks.base import Backdoor
 from backdoorlab.benchmark import Experiment, MethodSpec, Runner, Store
 from backdoorlab.benchmark.export import export_run
+from backdoorlab.benchmark.export_place import checked_place
 from backdoorlab.core.errors import InputError
 from backdoorlab.data import load_dataset
 from backdoorlab.data.class_folders import folder_names, sample_names, write_files
@@ -103,7 +107,7 @@ def test_the_card_belongs_to_the_files(runner: Runner, stored: Callable[..., Any
     assert (card["run"], card["attack"], card["settings"]["poison_rate"]) == (run, "badnets", 0.1)
     assert (card["replay"], card["replay_note"]) == (False, None)
     top = {p.name for p in (tmp_path / "x").iterdir() if p.is_file()}
-    assert set(card["sha256"]) == top - {"export.json", "README.md"}
+    assert set(card["sha256"]) == top - {"export.json", "README.md", "SHA256SUMS"}
     for name, digest in card["sha256"].items():
         assert hashlib.sha256((tmp_path / "x" / name).read_bytes()).hexdigest() == digest
     assert run in (tmp_path / "x" / "README.md").read_text()
@@ -206,7 +210,7 @@ def test_texts_become_tables(runner: Runner, stored: Callable[..., Any], tmp_pat
     stamped = table(tmp_path / "x" / "test_triggered.csv")
     assert [row["text"] for row in stamped] == list(backdoor.triggered_test(task)[0])
     export_run(runner, run, tmp_path / "y", form="npz")
-    assert sorted(p.suffix for p in (tmp_path / "y").iterdir()) == [".json", ".jsonl", ".jsonl", ".jsonl", ".md"]
+    assert sorted(p.suffix for p in (tmp_path / "y").iterdir()) == ["", ".json", ".jsonl", ".jsonl", ".jsonl", ".md"]
 
 
 def test_texts_with_quotes_newlines_and_commas_survive(tmp_path: Path) -> None:
@@ -361,15 +365,13 @@ def test_force_replaces_an_export_and_nothing_else(
     export_run(runner, run, place)  # an empty folder is as good as none
     with pytest.raises(InputError, match="--force"):
         export_run(runner, run, place)
+    next(iter((place / "test").rglob("*.png"))).unlink()  # what is gone cannot be lost
     export_run(runner, run, place, form="npz", only="poisoned", force=True)
     assert not (place / "train").exists(), "what the earlier export had must be gone"
-    (place / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match=r"holds 'thesis.tex'"):
-        export_run(runner, run, place, force=True)
-    assert (place / "thesis.tex").read_text() == "years of work"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
     data = tmp_path / "data"  # looks like an export, but is somebody's data set
     (data / "train" / "a").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"no export\.json"):
+    with pytest.raises(InputError, match="has no SHA256SUMS"):
         export_run(runner, run, data, force=True)
     assert (data / "train" / "a").is_dir()
     (tmp_path / "cwd" / "below").mkdir(parents=True)
@@ -377,6 +379,213 @@ def test_force_replaces_an_export_and_nothing_else(
     for here in (".", "..", "/"):
         with pytest.raises(InputError, match="working directory"):
             export_run(runner, run, Path(here), force=True)
+
+
+def _note(place: Path) -> Path:
+    (place / "train" / "3" / "note.txt").write_text("looks odd")
+    return place / "train" / "3" / "note.txt"
+
+
+def _thesis(place: Path) -> Path:
+    (place / "thesis.tex").write_text("years of work")
+    return place / "thesis.tex"
+
+
+def _edited_readme(place: Path) -> Path:
+    (place / "README.md").write_text("my notes")
+    return place / "README.md"
+
+
+def _edited_image(place: Path) -> Path:
+    path = next(iter(sorted((place / "train" / "3").iterdir())))
+    Image.new("L", (16, 16), 77).save(path)
+    return path
+
+
+def _empty_folder(place: Path) -> Path:
+    (place / "train" / "mine").mkdir()
+    return place / "train" / "mine"
+
+
+def _link(place: Path) -> Path:
+    (place / "train" / "elsewhere").symlink_to(place.parent)
+    return place / "train" / "elsewhere"
+
+
+def _torn_list(place: Path) -> Path:
+    (place / "SHA256SUMS").write_text("not a list\n")
+    return place / "SHA256SUMS"
+
+
+@pytest.mark.parametrize("change", [_note, _thesis, _edited_readme, _edited_image, _empty_folder, _link, _torn_list])
+def test_force_refuses_what_the_export_did_not_write(
+    runner: Runner, stored: Callable[..., Any], tmp_path: Path, change: Callable[[Path], Path]
+) -> None:
+    run, _, _ = stored("badnets")
+    place = tmp_path / "x"
+    export_run(runner, run, place, form="folder")
+    changed = change(place)
+    before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+    with pytest.raises(InputError) as caught:
+        export_run(runner, run, place, force=True)
+    assert changed.name in str(caught.value)
+    assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before
+    assert os.path.lexists(changed)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_is_added_while_the_export_runs_is_kept(
+    runner: Runner, stored: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _, _ = stored("badnets")
+    place = tmp_path / "x"
+    card = export_run(runner, run, place, form="npz")
+    plain = export_module.export_card
+
+    def adding(*args: Any) -> Any:
+        _thesis(place)
+        return plain(*args)
+
+    monkeypatch.setattr(export_module, "export_card", adding)
+    with pytest.raises(InputError, match=r"thesis\.tex"):
+        export_run(runner, run, place, force=True)
+    assert (place / "thesis.tex").read_text() == "years of work"
+    assert json.loads((place / "export.json").read_text()) == card
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_the_list_of_files_is_complete_and_true(runner: Runner, stored: Callable[..., Any], tmp_path: Path) -> None:
+    run, _, _ = stored("badnets")
+    export_run(runner, run, tmp_path / "x")
+    lines = (tmp_path / "x" / "SHA256SUMS").read_text().splitlines()
+    listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    found = {p.relative_to(tmp_path / "x").as_posix(): p for p in (tmp_path / "x").rglob("*") if p.is_file()}
+    assert set(listed) == set(found) - {"SHA256SUMS"}
+    assert {"README.md", "export.json", "roles.csv", "train.npz"} <= set(listed)
+    assert all(hashlib.sha256(found[name].read_bytes()).hexdigest() == digest for name, digest in listed.items())
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+import backdoorlab.benchmark.export_place as place
+from backdoorlab.benchmark.export_place import checked_place, whole_folder
+
+where, moment = Path(sys.argv[1]), sys.argv[2]
+if moment == "between":
+    plain = Path.rename
+    def rename(self, target):
+        if ".partial-" in self.name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, target)
+    Path.rename = rename
+with whole_folder(checked_place(where, True)) as draft:
+    (draft / "train").mkdir()
+    (draft / "train" / "0.png").write_text("half")
+    print("writing", flush=True)
+    if moment == "writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if moment == "wait":
+        sys.stdin.read()
+    place.write_sums(draft)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["writing", "between"])
+def test_leftovers_of_a_killed_export_are_removed_by_the_next(
+    runner: Runner, stored: Callable[..., Any], tmp_path: Path, moment: str
+) -> None:
+    run, _, _ = stored("badnets")
+    place = tmp_path / "x"
+    card = export_run(runner, run, place, form="npz")
+    dead = subprocess.run([sys.executable, "-c", _KILLED, str(place), moment], capture_output=True)
+    assert dead.returncode == -9, dead.stderr
+    assert len([p for p in tmp_path.iterdir() if ".partial-" in p.name]) == 2, "its folder and its lock file"
+    if moment == "between":
+        assert not place.exists(), "the old export had been moved aside"
+        with pytest.raises(InputError, match="is not empty"):
+            export_run(runner, run, place)
+        assert json.loads((place / "export.json").read_text()) == card, "it is put back, and kept without --force"
+    export_run(runner, run, place, form="npz", force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.slow
+def test_a_living_export_is_left_alone(runner: Runner, stored: Callable[..., Any], tmp_path: Path) -> None:
+    run, _, _ = stored("badnets")
+    place = tmp_path / "x"
+    argv = [sys.executable, "-c", _KILLED, str(place), "wait"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "writing\n"
+        export_run(runner, run, place, form="npz")
+        drafts = [p for p in tmp_path.iterdir() if ".partial-" in p.name and p.is_dir()]
+        assert [p.name for p in drafts[0].rglob("*.png")] == ["0.png"]
+        other.stdin.close()
+        assert other.wait(60) == 0, "the folder is an unchanged export, which it was told to replace"
+    assert sorted(p.name for p in place.iterdir()) == ["SHA256SUMS", "train"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_only_leftovers_of_the_exact_form_are_removed(tmp_path: Path) -> None:
+    place, precious = tmp_path / "x", tmp_path / "precious"
+    precious.mkdir()
+    (precious / "a").write_text("a")
+    kept = (
+        ".x.partial-0123456",
+        ".x.partial-0123456789",
+        ".x.partial-0123456G",
+        "x.partial-01234567",
+        ".y.partial-01234567",
+        ".xx.partial-01234567",
+        ".x.partial-01234567.bak",
+        ".x.draft-01234567",
+    )
+    for name in kept:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("kept")
+    (tmp_path / ".x.partial-aaaaaaaa").symlink_to(precious)
+    (tmp_path / ".x.partial-bbbbbbbb").write_text("a file")
+    (tmp_path / ".x.partial-cccccccc").mkdir()
+    (tmp_path / ".x.partial-cccccccc" / "link").symlink_to(precious)
+    (tmp_path / ".x.partial-dddddddd.lock").touch()
+    held = FileLock(str(tmp_path / ".x.partial-eeeeeeee.lock"))
+    (tmp_path / ".x.partial-eeeeeeee").mkdir()
+    (tmp_path / ".x.old-ffffffff").mkdir()  # of an old export only what its list names is deleted
+    (tmp_path / ".x.old-ffffffff" / "mine").write_text("mine")
+    place.mkdir()
+    with held:
+        checked_place(place, force=False)
+    left = {p.name for p in tmp_path.iterdir()}
+    gone = {".x.partial-cccccccc", ".x.partial-dddddddd.lock"}
+    assert not left & gone
+    assert {*kept, ".x.partial-aaaaaaaa", ".x.partial-bbbbbbbb", ".x.partial-eeeeeeee", ".x.old-ffffffff"} <= left
+    assert (precious / "a").read_text() == "a"
+    assert (tmp_path / ".x.old-ffffffff" / "mine").read_text() == "mine"
+
+
+def test_cells_that_spreadsheets_would_run_are_guarded_and_read_back(tmp_path: Path) -> None:
+    from backdoorlab.benchmark.export import _write_texts
+    from backdoorlab.benchmark.export_card import FORMAT, VERSION, Part
+    from backdoorlab.data.split import text_array
+
+    texts = ["=HYPERLINK(1)", "+1 (555)", "-2+3", "@user hi", "\t=1", "'=x", "''@x", "it's", "-0.5", "'plain'", "a=b"]
+    labels = torch.tensor([0, 1] * 5 + [0])
+    for name in ("train", "test"):
+        rows = torch.arange(len(texts))
+        part = Part(name, text_array(texts), labels, labels, torch.zeros(len(texts), dtype=torch.uint8), rows)
+        _write_texts(tmp_path, part, ("=no", "yes"), "both")
+    rows_ = table(tmp_path / "train.csv")
+    for row in rows_:
+        for cell in row.values():
+            assert cell == "-0.5" or not cell.strip().startswith(tuple("=+-@")), cell
+    assert rows_[8]["text"] == "-0.5"
+    assert [json.loads(s)["text"] for s in (tmp_path / "train.jsonl").open(newline="\n")] == texts
+    assert list(load_dataset(f"csv:{tmp_path}").train.inputs) != texts, "a stranger's apostrophes are part of the text"
+    (tmp_path / "export.json").write_text(json.dumps({"format": FORMAT, "version": VERSION}))
+    assert list(load_dataset(f"csv:{tmp_path}").train.inputs) == texts
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind this user")

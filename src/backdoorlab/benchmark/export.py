@@ -1,6 +1,7 @@
 """The poisoned data of a stored attack as plain files, for tools that know nothing of this library.
 
-    DIR/export.json README.md       what this is: run, attack, settings, counts, sha256 of the files
+    DIR/export.json README.md       what this is: run, attack, settings, counts, sha256 of the tables
+    DIR/SHA256SUMS                  every file with its checksum, for ``sha256sum -c`` and for ``--force``
     DIR/train.npz                   the training set as the attacker left it, with roles and true labels
     DIR/test.npz                    the clean test set
     DIR/test_triggered.npz          test samples with the trigger, labelled as the attacker wants them
@@ -9,9 +10,12 @@
     DIR/roles.csv test_triggered.csv    file, index, label, true label and role of each of them
 
 Texts have no arrays and no file each: they are ``train.csv``, ``test.csv`` (which ``--dataset csv:DIR`` reads) and the
-same as ``.jsonl`` where other modalities have an npz. Clips have no lossless file of their own and are npz only.
+same as ``.jsonl`` where other modalities have an npz. In a csv, text that a spreadsheet would run as a formula has an
+apostrophe in front; ``csv:`` takes it off again, and the ``.jsonl`` has the texts as they are. Clips have no lossless
+file of their own and are npz only.
 
-Everything is written into a temporary folder beside DIR, which is renamed at the end: DIR is whole or not there.
+Everything is written into a temporary folder beside DIR, which is renamed at the end: DIR is whole or not there (see
+:mod:`backdoorlab.benchmark.export_place`).
 """
 
 from __future__ import annotations
@@ -19,11 +23,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,12 @@ import torch
 from torch import Tensor
 
 from backdoorlab.attacks.base import Backdoor
-from backdoorlab.benchmark.export_card import ARRAYS, FORMAT, ROLES, Part, export_card, readme
+from backdoorlab.benchmark.export_card import ARRAYS, ROLES, Part, export_card, readme
+from backdoorlab.benchmark.export_place import checked_place, whole_folder, write_sums
 from backdoorlab.benchmark.runner import Runner
 from backdoorlab.benchmark.store import StoredRun
 from backdoorlab.core.errors import InputError, unknown
+from backdoorlab.core.foreign import csv_cell
 from backdoorlab.data.class_folders import SUFFIXES, sample_names, write_files
 from backdoorlab.data.split import BACKDOOR, CLEAN, take
 from backdoorlab.training.context import Reporter
@@ -43,13 +45,6 @@ from backdoorlab.training.task import Task
 
 FORMATS = ("both", "folder", "npz")
 ONLY = ("all", "poisoned")
-_PARTS = ("train", "test", "test_triggered")
-_WRITTEN = {
-    "export.json",
-    "README.md",
-    "roles.csv",
-    *(f"{p}{s}" for p in _PARTS for s in ("", ".npz", ".csv", ".jsonl")),
-}
 
 
 def export_run(
@@ -63,7 +58,7 @@ def export_run(
         folder: which appears whole or not at all.
         form: one of :data:`FORMATS`; "folder" is one file per sample, "npz" arrays.
         only: one of :data:`ONLY`; "poisoned" leaves out clean samples, and with them the clean test set.
-        force: replace an earlier export.
+        force: replace an earlier export, if nothing was added to it or changed in it.
 
     Returns:
         The content of ``export.json``.
@@ -93,6 +88,7 @@ def export_run(
         card["sha256"] = {p.name: _sha256(p) for p in sorted(draft.iterdir()) if p.is_file()}
         (draft / "README.md").write_text(readme(card), encoding="utf-8")
         (draft / "export.json").write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_sums(draft)
     return card
 
 
@@ -141,56 +137,6 @@ def parts_of(task: Task, backdoor: Backdoor, only: str = "all") -> list[Part]:
     return [*parts, Part("test_triggered", stamped, wanted, true, roles, tested)]
 
 
-def checked_place(folder: Path, force: bool) -> Path:
-    """The folder's absolute path, if an export may be put there.
-
-    Raises:
-        InputError: if it is a file, holds or is the working directory, or holds anything; with ``force``, if it holds
-            anything that an export does not write, so that nothing else is ever deleted.
-    """
-    place = folder.expanduser().resolve()
-    if place.exists() and not place.is_dir():
-        raise InputError(f"--out: {folder} is a file; expected a folder (it is made if it does not exist)")
-    if place == Path.cwd() or place in Path.cwd().parents:
-        raise InputError(f"--out: {folder} is the working directory or holds it; expected a folder of its own")
-    present = {entry.name for entry in os.scandir(place)} if place.exists() else set()
-    if present and not force:
-        raise InputError(f"--out: {folder} is not empty; choose another folder, or replace an export with --force")
-    strange = sorted(present - _WRITTEN)
-    if present and (strange or not _is_export(place / "export.json")):
-        what = f"holds {strange[0]!r}, which no export writes" if strange else "has no export.json of an earlier export"
-        raise InputError(f"--force: {folder} {what}; only an export is replaced, so choose another folder")
-    return place
-
-
-@contextmanager
-def whole_folder(place: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``place`` if the block ends well, and vanishes if not.
-
-    Raises:
-        InputError: if it cannot be written.
-    """
-    token = secrets.token_hex(4)
-    draft, old = (place.with_name(f".{place.name[:40]}.{kind}-{token}") for kind in ("partial", "old"))
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        if place.exists():
-            place.rename(old)
-        try:
-            draft.rename(place)
-        except OSError:
-            if old.exists():
-                old.rename(place)
-            raise
-    except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise InputError(f"cannot write to {place}: {error.strerror or error}") from error
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _write_folder(draft: Path, part: Part, folders: list[str], sample_rate: int, reporter: Reporter) -> None:
     assert isinstance(part.inputs, Tensor)
     suffix = SUFFIXES["audio" if sample_rate else "image"]
@@ -204,7 +150,7 @@ def _write_folder(draft: Path, part: Part, folders: list[str], sample_rate: int,
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("file", "index", "label", "true_label", "role"))
-        writer.writerows(zip(names, *_columns(part), strict=True))
+        writer.writerows(zip(map(csv_cell, names), *_columns(part), strict=True))
 
 
 def _write_arrays(path: Path, part: Part, task: Task) -> None:
@@ -232,7 +178,7 @@ def _write_texts(draft: Path, part: Part, classes: tuple[str, ...], form: str) -
         with (draft / f"{part.name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
             writer.writerow(header)
-            writer.writerows(rows)
+            writer.writerows([csv_cell(value) for value in row] for row in rows)
     if form != "folder":
         with (draft / f"{part.name}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
@@ -242,14 +188,6 @@ def _columns(part: Part) -> tuple[list[int], list[int], list[int], list[str]]:
     """Index, label, true label and role of every sample."""
     roles = [ROLES[r] for r in part.roles.tolist()]
     return part.indices.tolist(), part.labels.tolist(), part.true_labels.tolist(), roles
-
-
-def _is_export(path: Path) -> bool:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and found.get("format") == FORMAT
 
 
 def _sha256(path: Path) -> str:

@@ -11,11 +11,12 @@ from torch import Tensor
 import backdoorlab
 from backdoorlab.attacks.base import Backdoor
 from backdoorlab.benchmark.store import StoredRun
+from backdoorlab.core.foreign import visible
 from backdoorlab.data.class_folders import folder_names
 from backdoorlab.data.split import Inputs
 from backdoorlab.training.task import Task
 
-FORMAT, VERSION = "backdoorlab-export", 1
+FORMAT, VERSION = "backdoorlab-export", 2
 ROLES = ("clean", "backdoor", "cover")
 ARRAYS = {"image": "images", "audio": "sounds", "video": "videos"}
 """Name of the samples' array in an npz, by modality; texts have none."""
@@ -95,21 +96,34 @@ def readme(card: dict[str, Any]) -> str:
     counts = "\n".join(
         f"| {part} | " + " | ".join(str(n) for n in by.values()) + " |" for part, by in card["counts"].items()
     )
-    arrays = ARRAYS.get(card["modality"])
+    arrays, dataset = ARRAYS.get(card["modality"]), visible(card["dataset"]["name"]).replace("`", "'")
     told = [
         f"# Poisoned data of {card['run']}",
-        f"Attack `{card['attack']}` on `{card['dataset']['name']}`. Poisoned on purpose, for research on defenses: do "
-        "not train anything on it that people will rely on.",
-        *([f"**Replay.** {card['replay_note']}"] if card["replay"] else []),
+        f"Attack `{card['attack']}` on `{dataset}`. Poisoned on purpose, for research on defenses: do not train "
+        "anything on it that people will rely on.",
+        f"**Replay.** {card['replay_note']}" if card["replay"] else "",
         f"| part | samples | clean | backdoor | cover |\n|---|---|---|---|---|\n{counts}",
         "`train` carries the labels that the attacker gave, `test_triggered` those that the attacker wants the model "
         "to give; `true_label` is the truth. `index` is the row of the run's training or test set. Roles: 0 clean, 1 "
         "backdoor (triggered), 2 cover (perturbed, true label).",
-        *([f"The npz files hold `{arrays}`, `labels`, `true_labels`, `roles`, `indices` and `classes`, without object "
-           "arrays: `numpy.load(path, allow_pickle=False)`."] if arrays and "train.npz" in card["sha256"] else []),
-        *([f"`backdoorlab attack none --dataset {card['loads_as']}DIR` trains on it (DIR: this folder)."]
-          if card["loads_as"] else []),
-        "`export.json` has the settings, the classes with their folders, and the sha256 of the data files beside it. "
-        f"Made again by:\n\n    {card['command']}\n    backdoorlab export {card['run']} --out DIR",
-    ]  # fmt: skip
-    return "\n\n".join(told) + "\n"
+        _ABOUT_ARRAYS.format(arrays) if arrays and "train.npz" in card["sha256"] else "",
+        _ABOUT_CSV if card["modality"] == "text" else "",
+        f"`backdoorlab attack none --dataset {card['loads_as']}DIR` trains on it (DIR: this folder)."
+        if card["loads_as"]
+        else "",
+        "`export.json` has the settings, the classes with their folders, and the sha256 of the tables beside it; "
+        "`SHA256SUMS` lists all files (`sha256sum -c SHA256SUMS`). `backdoorlab export --force` replaces this folder "
+        "only as long as nothing is added to it or changed in it.",
+        f"Made again by:\n\n    {visible(card['command'])}\n    backdoorlab export {card['run']} --out DIR",
+    ]
+    return "\n\n".join(filter(None, told)) + "\n"
+
+
+_ABOUT_ARRAYS = (
+    "The npz files hold `{}`, `labels`, `true_labels`, `roles`, `indices` and `classes`, without object arrays: "
+    "`numpy.load(path, allow_pickle=False)`."
+)
+_ABOUT_CSV = (
+    "In the csv files, text that a spreadsheet would run as a formula has an apostrophe in front; the jsonl files and "
+    "`--dataset csv:` have the texts as they are."
+)

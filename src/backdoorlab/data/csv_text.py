@@ -15,9 +15,14 @@ from pathlib import Path
 import torch
 
 from backdoorlab.core.errors import InputError
-from backdoorlab.core.paths import is_file, is_folder, printable, reason, user_path
+from backdoorlab.core.foreign import from_csv_cell
+from backdoorlab.core.paths import is_file, is_folder, printable, read_bytes, reason, user_path
+from backdoorlab.core.records import parse_json
 from backdoorlab.data.sources import DatasetSource, DatasetSpec, datasets, holdout
 from backdoorlab.data.split import Dataset, Split, text_array
+
+_EXPORT_JSON = 10_000_000
+"""Bytes that the card of an export may have."""
 
 Table = tuple[list[str], list[str]]
 """Texts and labels as they stand in a file."""
@@ -38,7 +43,7 @@ class CsvText(DatasetSource):
         for path in paths:
             if not is_file(path):
                 raise InputError(f"dataset {spec.name!r}: there is no file {printable(path.absolute())}")
-        tables = [read_table(path, "\t" if path.suffix.lower() == ".tsv" else ",") for path in paths]
+        tables = [_unguarded(read_table(path, "\t" if path.suffix.lower() == ".tsv" else ","), path) for path in paths]
         classes = class_names(tables[0][1])
         splits = [text_split(*table, classes, path) for table, path in zip(tables, paths, strict=True)]
         if len(splits) == 2:
@@ -89,6 +94,18 @@ def read_table(path: Path, delimiter: str) -> Table:
     if not texts:
         raise InputError(f"{name} has a header but no rows")
     return texts, labels
+
+
+def _unguarded(table: Table, path: Path) -> Table:
+    """The texts of an export of this library without the apostrophes that guard spreadsheets; others as they are."""
+    beside = path.with_name("export.json")
+    try:
+        card = parse_json(read_bytes(beside, _EXPORT_JSON), str(beside)) if is_file(beside) else None
+    except InputError:
+        return table
+    version = card.get("version") if isinstance(card, dict) and card.get("format") == "backdoorlab-export" else None
+    guarded = isinstance(version, int) and version >= 2
+    return ([from_csv_cell(text) for text in table[0]], table[1]) if guarded else table
 
 
 def class_names(labels: Sequence[str]) -> tuple[str, ...]:
