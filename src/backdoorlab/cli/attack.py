@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import Progress, out
+from backdoorlab.core.canonical import MAX_SEED
 from backdoorlab.core.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def register(app: typer.Typer) -> None:
 def attack_command(
     ctx: typer.Context,
     name: Annotated[
-        str | None, typer.Argument(help="One of `backdoorlab list attacks`; none trains the benign model.")
+        str | None,
+        typer.Argument(help="One of `backdoorlab list attacks`; none trains the benign model.", metavar="[NAME]"),
     ] = None,
     dataset: Annotated[str, typer.Option(help="See `backdoorlab list datasets`.", metavar="NAME")] = "digits",
     model: Annotated[str, typer.Option(help="See `list models`, or any timm name.", metavar="NAME")] = "auto",
@@ -54,7 +55,9 @@ def attack_command(
     kind: Annotated[
         str | None, typer.Option(help="classifier or diffusion; follows from the attack.", metavar="KIND")
     ] = None,
-    data_seed: Annotated[int, typer.Option(min=0, help="Of subsets, splits and procedural data sets.")] = 0,
+    data_seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of subsets, splits and procedural data sets.")
+    ] = 0,
     seed: opt.SeedOption = 0,
     device: opt.DeviceOption = "auto",
     store: opt.StoreOption = "",
@@ -84,6 +87,7 @@ def attack_command(
     if name is None:
         raise InputError("attack: which one? Expected a NAME, see `backdoorlab list attacks`")
     from backdoorlab.benchmark import Experiment, MethodSpec
+    from backdoorlab.benchmark.worlds import recipe_changes
     from backdoorlab.cli.outcome import conclude
     from backdoorlab.data.sources import DatasetSpec
     from backdoorlab.training.task import TaskSpec
@@ -96,8 +100,9 @@ def attack_command(
             raise InputError(f"{key} is given twice: by --{key.replace('_', '-')} and by --set")
         changes[key] = value
     data = DatasetSpec(name=dataset, size=size, train_size=train_size, test_size=test_size, seed=data_seed)
-    spec = TaskSpec(dataset=data, model=model, recipe=recipe, kind=kind_of(name, kind),
-                    recipe_changes=recipe_changes(opt.pairs(recipe_set, "--recipe-set")))  # fmt: skip
+    kind = kind_of(name, kind)
+    recipe_fields = recipe_changes(kind, opt.pairs(recipe_set, "--recipe-set"))
+    spec = TaskSpec(dataset=data, model=model, recipe=recipe, kind=kind, recipe_changes=recipe_fields)
     files = opt.pairs(asset, "--asset", words="-")
     if name in BENIGN and files:
         raise InputError(f"attack {name} trains the benign model and has no asset {next(iter(files))!r}")
@@ -130,54 +135,18 @@ def kind_of(name: str, given: str | None) -> str:
     return given or ("classifier" if "classifier" in fitting else "diffusion")
 
 
-def recipe_changes(given: dict[str, str]) -> tuple[tuple[str, Any], ...]:
-    """Fields of a recipe with values of the right type.
-
-    Raises:
-        InputError: for an unknown field or a value of another type.
-    """
-    import typing
-
-    from backdoorlab.training.recipes import Recipe
-
-    hints = {k: v for k, v in typing.get_type_hints(Recipe).items() if k != "name"}
-    changes = []
-    for key, text in given.items():
-        if key not in hints:
-            raise unknown("recipe field", key, hints)
-        value = opt.literal(text)
-        wanted = hints[key]
-        if typing.get_origin(wanted) is tuple:
-            items = [opt.literal(part.strip()) for part in text.split(",")]
-            fits, value = all(type(item) is int for item in items), tuple(items)  # type: ignore[assignment]
-        elif wanted is str:
-            fits, value = True, text
-        elif wanted is float:
-            fits = type(value) in (int, float) and math.isfinite(float(value))
-        else:
-            fits = type(value) is wanted
-        if not fits:
-            shown = getattr(wanted, "__name__", str(wanted))
-            raise InputError(f"--recipe-set: {key} must be of type {shown}, got {text!r}")
-        changes.append((key, value))
-    return tuple(changes)
-
-
 def make_runner(store: str, device: str, root: str | None = None, download: bool = False) -> Runner:
     """A runner over the store, with progress on standard error.
 
     Raises:
         InputError: for a store, device or root that cannot be used.
     """
-    from pathlib import Path
-
-    if root is not None and not Path(root).expanduser().is_dir():
-        raise InputError(f"--root: no such folder: {root}")
-    path = opt.store_path(store)
+    if root is not None:
+        root = str(opt.existing_folder(root, "--root"))
     where = opt.device_of(device)
-    from backdoorlab.benchmark import Runner, Store
+    from backdoorlab.benchmark import Runner
 
-    return Runner(Store(path), device=where, reporter=Progress(), root=root, download=download)
+    return Runner(opt.open_store(store), device=where, reporter=Progress(), root=root, download=download)
 
 
 def _help(ctx: typer.Context, name: str | None) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from backdoorlab.cli import options as opt
-from backdoorlab.cli.console import err, number, out, print_json
-from backdoorlab.core.errors import InputError, unknown
+from backdoorlab.cli.console import err, number, out, print_json, shown, warn
+from backdoorlab.core.errors import unknown
 
 if TYPE_CHECKING:
     from backdoorlab.benchmark import Card, GridReport, Stage
@@ -24,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def bench_command(
-    file: Annotated[Path, typer.Argument(help="The grid: tasks x attacks x defenses x seeds.", metavar="FILE.yaml")],
+    file: Annotated[str, typer.Argument(help="The grid: tasks x attacks x defenses x seeds.", metavar="FILE.yaml")],
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Reuse results that the store has, or run everything again.")
     ] = True,
@@ -54,12 +53,12 @@ def bench_command(
     """
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
-    if not file.is_file():
-        raise InputError(f"no such grid file: {file}; expected a YAML file such as configs/quick.yaml")
+    path = opt.existing_file(file, "grid file")
     from backdoorlab.benchmark import Grid, LocalEngine, plan, run_grid
     from backdoorlab.cli.attack import make_runner
+    from backdoorlab.cli.outcome import warnings_of
 
-    grid = Grid.from_yaml(file)
+    grid = Grid.from_yaml(path)
     devices = [str(opt.device_of(name.strip())) for name in device.split(",")]
     runner = make_runner(store, devices[0], root, download)
     stages = plan(grid)
@@ -68,8 +67,10 @@ def bench_command(
     def on_card(stage: Stage, card: Card, reused: bool) -> None:
         nonlocal done
         done += 1
-        err.print(Text(f"[{done}/{len(stages)}] {stage.label}: {_brief(card)}{'  (stored)' if reused else ''}"),
-                  soft_wrap=True, highlight=False)  # fmt: skip
+        told = f"[{done}/{len(stages)}] {stage.label}: {_brief(card)}{'  (stored)' if reused else ''}"
+        err.print(shown(told), soft_wrap=True)
+        for warning in warnings_of(card) if reused else ():  # those of a new run were told while it ran
+            warn(f"{stage.label}: {warning}")
 
     report = run_grid(grid, runner, resume=resume, on_card=on_card, engine=LocalEngine(devices))
     summary = _summary(grid.name, len(stages), report)
@@ -99,12 +100,13 @@ def _summary(name: str, stages: int, report: GridReport) -> dict[str, Any]:
 
 def _tell(summary: dict[str, Any]) -> None:
     counts = ", ".join(f"{summary[k]} {k.replace('_', ' ')}" for k in ("ok", "failed", "not_applicable") if summary[k])
-    out.print(f"{summary['name']}: {summary['stages']} stages: {counts or 'none ran'}; {summary['reused']} were stored",
-              highlight=False, soft_wrap=True)  # fmt: skip
+    told = f"{summary['name']}: {summary['stages']} stages: {counts or 'none ran'}; {summary['reused']} were stored"
+    out.print(shown(told), soft_wrap=True)
     for item in summary["refused"]:
-        out.print(Text.assemble(("refused ", "bold red"), f"{item['stage']}: {item['reason']}"), soft_wrap=True)
+        line = shown(f"{item['stage']}: {item['reason']}")
+        out.print(Text.assemble(("refused ", "bold red"), line), soft_wrap=True)
     for run in summary["runs"]:
         if run["status"] == "failed":
-            out.print(Text.assemble(("failed ", "bold red"), f"{run['stage']}/{run['key'][:8]}: {run['reason']}"),
-                      soft_wrap=True)  # fmt: skip
+            line = shown(f"{run['stage']}/{run['key'][:8]}: {run['reason']}")
+            out.print(Text.assemble(("failed ", "bold red"), line), soft_wrap=True)
     out.print("next: backdoorlab results", style="dim")

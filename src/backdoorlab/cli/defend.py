@@ -8,6 +8,7 @@ import typer
 
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import out
+from backdoorlab.core.canonical import MAX_SEED
 from backdoorlab.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 def defend_command(
     ctx: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="One of `backdoorlab list defenses`.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One of `backdoorlab list defenses`.", metavar="[NAME]")] = None,
     run: RunOption = None,
     settings: opt.SetOption = None,
     clean_fraction: Annotated[
@@ -36,7 +37,7 @@ def defend_command(
         bool, typer.Option("--no-retrain", help="Only find poisoned samples; do not train on what is left.")
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Must be the run's seed, from which the defense's derives.")
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Must be the run's seed, from which the defense's derives.")
     ] = None,
     device: opt.DeviceOption = "auto",
     store: opt.StoreOption = "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backdoorlab.cli import options as opt
-from backdoorlab.cli.console import out, print_json
+from backdoorlab.cli.console import out, print_json, shown
 from backdoorlab.core.errors import InputError
 
 
@@ -22,7 +23,7 @@ def register(app: typer.Typer) -> None:
 def export_command(
     run: Annotated[str, typer.Argument(help="An attack: (the start of) its key, or its folder.", metavar="RUN")],
     folder: Annotated[
-        Path | None, typer.Option("--out", help="A new folder, written whole or not at all.", metavar="DIR")
+        str | None, typer.Option("--out", help="A new folder, written whole or not at all.", metavar="DIR")
     ] = None,
     form: Annotated[
         str,
@@ -31,7 +32,9 @@ def export_command(
         ),
     ] = "both",
     only: Annotated[str, typer.Option(help="all, or poisoned: leave out clean samples.", metavar="WHICH")] = "all",
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an earlier export in DIR, if nobody changed it.")
+    ] = False,
     store: opt.StoreOption = "",
     root: opt.RootOption = None,
     download: opt.DownloadOption = False,
@@ -53,20 +56,21 @@ def export_command(
     """  # fmt: skip
     if folder is None:
         raise InputError("export: expected --out DIR, the folder for the exported data")
+    place = opt.output_folder(folder, "--out")
     opt.existing_store(store)
     from backdoorlab.benchmark.export import export_run
     from backdoorlab.cli.attack import make_runner
 
-    card = export_run(make_runner(store, "cpu", root, download), run, folder, form=form, only=only, force=force)
+    card = export_run(make_runner(store, "cpu", root, download), run, place, form=form, only=only, force=force)
     if as_json:
-        print_json(card | {"folder": str(folder)})
+        print_json(card | {"folder": str(place)})
     else:
-        _tell(card, folder)
+        _tell(card, place)
 
 
 def _tell(card: dict[str, Any], folder: Path) -> None:
-    out.print(Text.assemble((f"{card['dataset']['name']} / {card['attack']}", "bold"), f"   {card['run']}"),
-              soft_wrap=True)  # fmt: skip
+    title = shown(f"{card['dataset']['name']} / {card['attack']}", "bold")
+    out.print(Text.assemble(title, f"   {card['run']}"), soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("part")
     for name in ("samples", "clean", "backdoor", "cover"):
@@ -76,9 +80,9 @@ def _tell(card: dict[str, Any], folder: Path) -> None:
     out.print(table)
     if card["replay"]:
         out.print(Text.assemble(("replay: ", "bold yellow"), card["replay_note"]))
-    out.print(Text.assemble(("folder  ", "dim"), str(folder)), soft_wrap=True)
+    out.print(Text.assemble(("folder  ", "dim"), shown(folder)), soft_wrap=True)
     if card["loads_as"]:
-        again = f"backdoorlab attack none --dataset {card['loads_as']}{folder}"
+        again = f"backdoorlab attack none --dataset {shlex.quote(card['loads_as'] + str(folder))}"
     else:
         again = f"not readable as a data set of this library: {card['loads_as_note']}"
-    out.print(Text.assemble(("again   ", "dim"), again), soft_wrap=True)
+    out.print(Text.assemble(("again   ", "dim"), shown(again)), soft_wrap=True)

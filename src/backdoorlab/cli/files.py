@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from backdoorlab.cli import options as opt
-from backdoorlab.cli.console import err, out, print_json
+from backdoorlab.cli.console import err, out, print_json, shown
 from backdoorlab.cli.defend import RunOption, need_run
 from backdoorlab.core.errors import InputError
-from backdoorlab.core.paths import exists, is_folder, user_path
+from backdoorlab.core.paths import exists, is_folder, printable
 
 if TYPE_CHECKING:
     from backdoorlab.benchmark import StoredRun
@@ -37,15 +36,16 @@ def register(app: typer.Typer) -> None:
 def stamp_command(
     inputs: InputsArgument,
     run: RunOption = None,
-    folder: Annotated[Path | None, typer.Option("--out", help="Where stamped files go.", metavar="DIR")] = None,
+    folder: Annotated[str | None, typer.Option("--out", help="Where stamped files go.", metavar="DIR")] = None,
     resize: ResizeOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files of the same name in DIR.")] = False,
     store: opt.StoreOption = "",
     as_json: opt.JsonOption = False,
 ) -> None:
     """Apply the trigger of a stored attack to new files.
 
     Files keep their name and format, but a jpg becomes a png: JPEG compression would destroy the trigger. Inputs are
-    never overwritten. A txt file is one sample.
+    never overwritten, other files only with --force. A txt file is one sample.
 
     Try:
 
@@ -55,9 +55,7 @@ def stamp_command(
     """
     if folder is None:
         raise InputError("stamp: expected --out DIR, the folder for the stamped files")
-    folder = user_path(folder)
-    if exists(folder) and not is_folder(folder):
-        raise InputError(f"--out: {folder} is a file; expected a folder (it is made if it does not exist)")
+    place = opt.output_folder(folder, "--out")
     stored = _find(run, store)
     from backdoorlab.attacks.base import Backdoor
     from backdoorlab.attacks.trigger import stamp_all
@@ -66,18 +64,19 @@ def stamp_command(
     trigger, modality = _trigger(stored, Backdoor)
     form = sample_format(modality)
     paths = find_samples(inputs, form.modality)
-    targets = output_names(paths, folder)
+    targets = output_names(paths, place)
+    _check_targets(targets, force)
     files = [read_samples(path, form, fit=resize) for path in paths]
     for file, target in zip(files, targets, strict=True):
         write_samples(target, file, stamp_all(trigger, file.inputs), form)
         if target.suffix != file.path.suffix and not as_json:
-            err.print(Text(f"{file.path.name} is written as {target.name}: JPEG compression would destroy the trigger"),
-                      soft_wrap=True, style="dim")  # fmt: skip
+            told = f"{file.path.name} is written as {target.name}: JPEG compression would destroy the trigger"
+            err.print(shown(told, "dim"), soft_wrap=True)
     if as_json:
         print_json([{"input": str(f.path), "output": str(t)} for f, t in zip(files, targets, strict=True)])
     else:
         for target in targets:
-            out.print(Text(str(target)), soft_wrap=True)
+            out.print(shown(target), soft_wrap=True)
 
 
 def predict_command(
@@ -117,6 +116,23 @@ def predict_command(
         out.print(_table(rows))
 
 
+def _check_targets(targets: list[Path], force: bool) -> None:
+    """Nothing that is there is replaced unless asked for.
+
+    Raises:
+        InputError: naming the first file in the way.
+    """
+    there = [target for target in targets if exists(target) or target.is_symlink()]
+    folders = [target for target in there if is_folder(target)]
+    if folders:
+        raise InputError(f"--out: {printable(folders[0])} is a folder; a stamped file would get its name")
+    if there and not force:
+        more = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
+        raise InputError(
+            f"--out: {printable(there[0])} exists{more}; choose another folder, or pass --force to replace"
+        )
+
+
 def sample_format(modality: Modality) -> SampleFormat:
     """What a modality's raw samples look like."""
     from backdoorlab.data.files import SampleFormat
@@ -133,10 +149,7 @@ def sample_format(modality: Modality) -> SampleFormat:
 
 def _find(run: str | None, store: str) -> StoredRun:
     name = need_run(run)
-    path = opt.existing_store(store)
-    from backdoorlab.benchmark import Store
-
-    return Store(path).find(name)
+    return opt.existing_store(store).find(name)
 
 
 def _trigger(stored: StoredRun, backdoor: Any) -> tuple[Any, Modality]:
@@ -148,7 +161,8 @@ def _trigger(stored: StoredRun, backdoor: Any) -> tuple[Any, Modality]:
     record = stored.record()
     if "trigger" not in record or "modality" not in record:
         raise InputError(f"run {stored.id} is an attack whose trigger cannot be applied to files")
-    planted = backdoor.from_state(stored.all_tensors(), record)
+    with stored.rebuilding():
+        planted = backdoor.from_state(stored.all_tensors(), record)
     return planted.trigger, planted.model.modality
 
 
@@ -164,6 +178,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column("name")
     table.add_column("confidence", justify="right")
     for row in rows:
-        name = [] if row["name"] is None else [Text(row["name"])]
-        table.add_row(Text(row["input"]), str(row["class"]), *name, f"{row['confidence']:.1%}")
+        name = [] if row["name"] is None else [shown(row["name"])]
+        table.add_row(shown(row["input"]), str(row["class"]), *name, f"{row['confidence']:.1%}")
     return table

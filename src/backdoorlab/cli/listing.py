@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from backdoorlab.cli.console import out, print_json
+from backdoorlab.cli.console import out, print_json, shown
 from backdoorlab.cli.options import JsonOption
-from backdoorlab.core.errors import unknown
+from backdoorlab.core.errors import InputError, unknown
+from backdoorlab.core.foreign import markdown_cell
 
 KINDS = ("attacks", "defenses", "datasets", "models")
 MODALITIES = ("image", "text", "audio", "video", "diffusion")
@@ -48,6 +48,8 @@ def list_command(
 
     Every timm name also works as an image model, and folder:PATH or csv:PATH as a data set.
     """
+    if as_json and markdown:
+        raise InputError("--json and --markdown exclude each other; give one of them")
     if kind not in KINDS:
         raise unknown("kind of thing", kind, KINDS)
     if modality is not None and modality not in MODALITIES:
@@ -64,7 +66,7 @@ def list_command(
         table.add_column(_HEADS.get(column, column), style="cyan" if column == "name" else "",
                          no_wrap=column not in ("paper", "summary", "modalities"))  # fmt: skip
     for row in rows:
-        table.add_row(*map(Text, _cells(kind, row)))
+        table.add_row(*map(shown, _cells(kind, row)))
     out.print(table)
     if kind in ("attacks", "defenses"):
         verb = "attack" if kind == "attacks" else "defend"
@@ -75,7 +77,7 @@ def markdown_table(kind: str, rows: list[dict[str, Any]]) -> str:
     """The same columns as a Markdown table."""
     heads = [_HEADS.get(column, column) for column in _SHOWN[kind]]
     lines = [heads, ["---"] * len(heads), *(_cells(kind, row) for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(markdown_cell, line)) + " |" for line in lines)
 
 
 def _cells(kind: str, row: dict[str, Any]) -> list[str]:

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from backdoorlab.core.canonical import MAX_SEED
 from backdoorlab.core.errors import InputError, unknown
+from backdoorlab.core.excerpt import brief
+from backdoorlab.core.paths import exists, is_file, is_folder, user_path
 
 if TYPE_CHECKING:
     import torch
 
+    from backdoorlab.benchmark.store import Store
+
+_LONGEST = 255
+"""Bytes of one name in a path that file systems take."""
+
 DEVICES = ("auto", "cpu", "cuda")
 
 StoreOption = Annotated[
-    str, typer.Option("--store", help="Folder of all results; default $BACKDOORLAB_STORE or ./runs.", metavar="DIR")
+    str,
+    typer.Option(
+        "--store", help="Folder (or URL) of all results; default $BACKDOORLAB_STORE or ./runs.", metavar="DIR"
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="All randomness derives from it.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="All randomness derives from it.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda (cuda:1, ...).", metavar="DEVICE")]
 RootOption = Annotated[
     str | None,
@@ -36,31 +47,136 @@ OWN_HELP: dict[str, list[str]] = {"help_option_names": []}
 """Context settings of commands whose ``NAME --help`` shows the method's page."""
 
 
-def store_path(given: str) -> Path:
-    """The store's folder: the option, else $BACKDOORLAB_STORE, else ./runs.
+def output_folder(given: str | Path, option: str) -> Path:
+    """A folder that the command writes to; it need not exist. Nothing is made here.
+
+    Args:
+        given: what the user wrote.
+        option: its name, for messages.
 
     Raises:
-        InputError: if the path exists and is no folder.
+        InputError: if it cannot be a folder that this user may write to: empty, an unknown user's home, a file, below
+            a file, too long, or below a folder without permission to write.
     """
-    path = Path(given or os.environ.get("BACKDOORLAB_STORE") or "runs").expanduser()
-    if path.exists() and not path.is_dir():
-        raise InputError(f"--store: {path} is a file; expected a folder (it is made if it does not exist)")
+    path = _given_path(given, option)
+    if _asked(option, exists, path) and not _asked(option, is_folder, path):
+        raise InputError(f"{option}: {path} is a file; expected a folder (it is made if it does not exist)")
+    _need_writable(path, option)
     return path
 
 
-def existing_store(given: str) -> Path:
-    """The store's folder, for commands that only read it.
+def output_file(given: str | Path, option: str) -> Path:
+    """A file that the command writes; its folder need not exist. Nothing is made here.
+
+    Raises:
+        InputError: if there is a folder of that name, or its folder cannot be used; see :func:`output_folder`.
+    """
+    path = _given_path(given, option)
+    if _asked(option, is_folder, path):
+        raise InputError(f"{option}: {path} is a folder; expected the name of a file in it, such as {path}/out.png")
+    if _asked(option, exists, path) and not _asked(option, is_file, path):
+        raise InputError(f"{option}: {path} is neither a file nor a folder; expected a file (it need not exist)")
+    _need_writable(path.parent, option)
+    return path
+
+
+def existing_folder(given: str, option: str) -> Path:
+    """A folder that the command reads.
 
     Raises:
         InputError: if there is none.
     """
-    path = store_path(given)
-    if not path.exists():
-        raise InputError(
-            f"no store at {path}; expected --store DIR or $BACKDOORLAB_STORE to name a folder of results "
-            "(`backdoorlab attack badnets` makes one)"
-        )
+    path = _given_path(given, option)
+    if not _asked(option, is_folder, path):
+        raise InputError(f"{option}: no such folder: {given}")
     return path
+
+
+def existing_file(given: str | Path, what: str) -> Path:
+    """A file that the command reads.
+
+    Args:
+        given: what the user wrote.
+        what: it is, for messages, such as "grid file".
+
+    Raises:
+        InputError: if there is none.
+    """
+    path = _given_path(given, what)
+    if not _asked(what, is_file, path):
+        raise InputError(f"no such {what}: {given}")
+    return path
+
+
+def _given_path(given: str | Path, option: str) -> Path:
+    if not str(given).strip():
+        raise InputError(f"{option}: expected a path, got nothing")
+    try:
+        path = user_path(given)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from None
+    if any(len(os.fsencode(part)) > _LONGEST for part in path.parts):
+        raise InputError(f"{option}: a name in the path has more than {_LONGEST} bytes: {brief(str(given))}")
+    return path
+
+
+def _need_writable(folder: Path, option: str) -> None:
+    """The nearest folder that exists must be one, and let this user write."""
+    parents = (folder.absolute(), *folder.absolute().parents)
+    there = next(path for path in parents if _asked(option, exists, path))
+    if not _asked(option, is_folder, there):
+        raise InputError(f"{option}: cannot use {folder}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{option}: cannot write to {folder}: no permission to write in {there}")
+
+
+def _asked(option: str, question: Callable[[Path], bool], path: Path) -> bool:
+    """The answer of the file system; what it refuses to say is told with the option's name."""
+    try:
+        return question(path)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from None
+
+
+def open_store(given: str) -> Store:
+    """The store meant by --store: the option, else $BACKDOORLAB_STORE, else ./runs; a folder or a URL.
+
+    A folder that does not exist yet, or may only be read, is no error here: results that are there can be told, and
+    whatever has to be written fails before its work begins.
+
+    Raises:
+        InputError: if it cannot be a folder, or the URL cannot be used.
+    """
+    text = _store_given(given)
+    if "://" in text and not text.startswith("file://"):
+        from backdoorlab.benchmark.remote import RemoteStore
+
+        return RemoteStore(text)
+    path = _given_path(text.removeprefix("file://"), "--store")
+    if _asked("--store", exists, path) and not _asked("--store", is_folder, path):
+        raise InputError(f"--store: {path} is a file; expected a folder (it is made if it does not exist)")
+    from backdoorlab.benchmark.store import Store
+
+    return Store(path)
+
+
+def existing_store(given: str) -> Store:
+    """The same for commands that only read: a folder must be there.
+
+    Raises:
+        InputError: if there is none.
+    """
+    store = open_store(given)
+    if hasattr(store, "url") or _asked("--store", is_folder, store.root):
+        return store
+    raise InputError(
+        f"no store at {_store_given(given)}; expected --store DIR or $BACKDOORLAB_STORE to name a folder of results "
+        "(`backdoorlab attack badnets` makes one)"
+    )
+
+
+def _store_given(given: str) -> str:
+    return given or os.environ.get("BACKDOORLAB_STORE") or "runs"
 
 
 def pairs(given: Sequence[str] | None, option: str = "--set", words: str = "_") -> dict[str, str]:
@@ -85,18 +201,6 @@ def pairs(given: Sequence[str] | None, option: str = "--set", words: str = "_") 
             raise InputError(f"{option}: {key} is given twice ({found[key]!r} and {value!r})")
         found[key] = value.strip()
     return found
-
-
-def literal(text: str) -> float | int | str | bool:
-    """A recipe value as the number or truth value that it looks like."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def device_of(given: str) -> torch.device:

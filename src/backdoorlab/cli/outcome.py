@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from backdoorlab.cli.console import complain, number, out, print_json
+from backdoorlab.cli.console import complain, number, out, print_json, shown
 
 if TYPE_CHECKING:
     from backdoorlab.benchmark import Card, Runner
@@ -54,6 +54,7 @@ def as_record(card: Card, reused: bool) -> dict[str, Any]:
         "status": card.status,
         "reason": card.reason,
         "metrics": card.metrics,
+        "warnings": warnings_of(card),
         "seconds": total_seconds(card),
         "reused": reused,
         "attack": name_of(card, "attack"),
@@ -61,6 +62,12 @@ def as_record(card: Card, reused: bool) -> dict[str, Any]:
         "digests": card.digests,
         "parents": card.parents,
     }
+
+
+def warnings_of(card: Card) -> list[str]:
+    """What the run's methods warned of."""
+    found = card.notes.get("warnings")
+    return [str(text) for text in found] if isinstance(found, list) else []
 
 
 def total_seconds(card: Card) -> float:
@@ -83,8 +90,11 @@ def title_of(card: Card) -> str:
 
 def tell(card: Card, reused: bool) -> None:
     """The run in a few lines: what, numbers, how to go on."""
-    out.print(Text.assemble((title_of(card), "bold"), ("   stored result" if reused else "", "dim")), soft_wrap=True)
+    stored = "   stored result" if reused else ""
+    out.print(Text.assemble(shown(title_of(card), "bold"), (stored, "dim")), soft_wrap=True)
     out.print(metrics_table(card))
+    for warning in warnings_of(card) if reused else ():  # those of a new run were told while it ran
+        out.print(Text.assemble(("warning: ", "bold yellow"), shown(warning)), soft_wrap=True)
     ending = f"run {card.key}, {total_seconds(card):.1f} s, {card.status}"
     out.print(Text(ending, style="dim"), soft_wrap=True)
     if card.status == "ok":
@@ -105,5 +115,5 @@ def metrics_table(card: Card) -> Table:
             continue
         if isinstance(value, list):
             value = ", ".join(map(str, value))
-        table.add_row(number(value, 4), words)
+        table.add_row(shown(number(value, 4)), words)
     return table

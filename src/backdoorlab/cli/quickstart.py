@@ -9,6 +9,7 @@ method has few channels to choose from) stays in the table: that is what a bench
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from backdoorlab.cli import options as opt
-from backdoorlab.cli.console import number, out, print_json
-from backdoorlab.core.errors import BackdoorLabError, InputError, unknown
+from backdoorlab.cli.console import number, out, print_json, shown
+from backdoorlab.core.errors import BackdoorLabError, unknown
 
 if TYPE_CHECKING:
     from backdoorlab.benchmark import Card, Runner
@@ -64,7 +65,7 @@ def register(app: typer.Typer) -> None:
 
 
 def quickstart_command(
-    folder: Annotated[Path, typer.Option("--out", help="Where the figure goes.", metavar="DIR")] = Path("quickstart"),
+    folder: Annotated[str, typer.Option("--out", help="Where quickstart.png goes.", metavar="DIR")] = "quickstart",
     defenses: Annotated[
         str | None, typer.Option(help="Only these of the tour's defenses, comma-separated.", metavar="NAMES")
     ] = None,
@@ -76,7 +77,7 @@ def quickstart_command(
 ) -> None:
     """Attack, repair, detect: a tour on handwritten digits, nothing to download.
 
-    A patch in the corner of 3 of 100 training digits teaches a model to answer 0. A defense of every kind then has
+    A patch in the corner of 1 training digit in 20 teaches a model to answer 0. A defense of every kind then has
     its turn. Ends with one table and one figure; run it again and it prints the stored results at once.
 
     Try:
@@ -85,8 +86,7 @@ def quickstart_command(
 
       backdoorlab quickstart --seed 1 --out tour
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out: {folder} is a file; expected a folder (it is made if it does not exist)")
+    figure = opt.output_file(opt.output_folder(folder, "--out") / "quickstart.png", "--out")
     steps = _chosen(defenses)
     from backdoorlab.benchmark import Experiment, MethodSpec
     from backdoorlab.cli.attack import make_runner
@@ -109,7 +109,6 @@ def quickstart_command(
             raise BackdoorLabError(f"{card.stage} run {card.key}: {card.reason}")
         cards.append((card, words))
         records.append(as_record(card, runner.reused))
-    figure = folder / "quickstart.png"
     _draw(runner, [card for card, _ in cards], figure)
     if as_json:
         print_json({"figure": str(figure), "runs": records})
@@ -145,13 +144,14 @@ def _tell(cards: list[tuple[Card, str]], figure: Path, seconds: float, store: Pa
             cells = ["", "", ""]
         table.add_row(Text("backdoored" if attacked else "benign", style="red" if attacked else "green"),
                       Text(defense or "none", style="" if defense else "dim"), *cells,
-                      Text.assemble(happened(card), (f"\n{words}", "dim")))  # fmt: skip
+                      Text.assemble(shown(happened(card)), (f"\n{words}", "dim")))  # fmt: skip
     out.print(table)
     out.print(f"\n{_LEGEND}", style="dim", highlight=False)
-    out.print(Text.assemble(("figure  ", "bold"), str(figure)), soft_wrap=True)
-    out.print(Text.assemble(("runs    ", "bold"), f"{store}  (backdoorlab results --store {store})"), soft_wrap=True)
-    attack_key = cards[1][0].key[:8]
-    out.print(Text.assemble(("next    ", "bold"), f"backdoorlab show {attack_key} --store {store}"), soft_wrap=True)
+    out.print(Text.assemble(("figure  ", "bold"), shown(figure)), soft_wrap=True)
+    where = f"--store {shlex.quote(str(store))}"
+    out.print(Text.assemble(("runs    ", "bold"), shown(f"{store}  (backdoorlab results {where})")), soft_wrap=True)
+    show = f"backdoorlab show {cards[1][0].key[:8]} {where}"
+    out.print(Text.assemble(("next    ", "bold"), shown(show)), soft_wrap=True)
     out.print(f"{seconds:.0f} s", style="dim", highlight=False)
 
 

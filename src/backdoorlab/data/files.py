@@ -16,6 +16,7 @@ import io
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,7 @@ def write_atomically(target: Path, content: bytes) -> None:
     """Write to a temporary name in the same folder, then rename.
 
     Raises:
-        InputError: if the folder cannot be made or written to.
+        InputError: if the folder cannot be made or written to, or the disk is full; nothing is left behind then.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -201,8 +202,10 @@ def write_atomically(target: Path, content: bytes) -> None:
         os.umask(umask)
         Path(name).chmod(0o666 & ~umask)  # mkstemp makes private files; an output is an ordinary one
         Path(name).replace(target)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk, a folder of that name
+            raise InputError(f"cannot write {printable(target)}: {reason(error)}") from error
         raise
 
 
@@ -256,7 +259,9 @@ def _read_text(path: Path, form: SampleFormat, fit: bool) -> SampleFile:
 def _read_array(path: Path, form: SampleFormat, fit: bool) -> SampleFile:
     wanted = str(form.dtype).removeprefix("torch.")
     with path.open("rb") as file:
-        shape, fortran, dtype = _array_header(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the header's text makes Python remark
+            shape, fortran, dtype = _array_header(file)
         batched = len(shape) == len(form.shape) + 1
         if dtype.name != wanted or shape[batched:] != form.shape or 0 in shape:
             expected = ", ".join(map(str, form.shape))
