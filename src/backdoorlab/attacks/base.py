@@ -441,6 +441,8 @@ class PoisoningAttack(Attack):
 class TrainingAttack(Attack):
     """The attacker runs the training loop: writes :meth:`plant` with an objective or a stamp of its own.
 
+    Where the trigger is known before the victim is trained, :meth:`plant` calls :meth:`look_at`.
+
     The poisoned set that it returns is a *replay* (``Poison(..., replay=True)``), made with the final trigger.
     """
 
@@ -450,7 +452,6 @@ class TrainingAttack(Attack):
         self, trigger: Trigger, task: Task, ctx: Context, cover: Trigger | None = None, cover_rate: float = 0.0
     ) -> Poison:
         """Round(rate * N) samples stamped by the final trigger (and role-2 samples by ``cover``), as a snapshot."""
-        self.look_at(trigger, task, ctx)
         backdoor = self.choose(task, ctx)
         rest = torch.ones(len(task.train), dtype=torch.bool)
         rest[backdoor] = False

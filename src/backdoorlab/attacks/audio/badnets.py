@@ -76,6 +76,7 @@ class AudioBadNets(PoisoningAttack):
     year: ClassVar[int] = 2019
     modalities: ClassVar[tuple[str, ...]] = ("audio",)
     trigger_visibility: ClassVar[str] = "visible"
+    stronger: ClassVar[str] = "raise amplitude"
 
     target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
     size: int | None = param(

@@ -61,6 +61,7 @@ class AdapBlend(PoisoningAttack):
     year: ClassVar[int] = 2023
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "visible"
+    stronger: ClassVar[str] = "raise alpha_train and alpha_test"
 
     alpha_train: float = param(0.15, "blend ratio of training samples", above=0, high=1, source="paper")
     alpha_test: float = param(0.2, "blend ratio at test time", above=0, high=1, source="paper")

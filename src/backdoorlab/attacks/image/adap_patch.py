@@ -96,6 +96,7 @@ class AdapPatch(PoisoningAttack):
     year: ClassVar[int] = 2023
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "visible"
+    stronger: ClassVar[str] = "raise opacities and test_opacity"
 
     opacities: tuple[float, ...] = param((0.5, 0.5, 0.2, 0.3), "opacity of each patch in training", source="paper")
     test_patches: int = param(2, "how many patches are worn at test time", low=1, high=4, source="paper")

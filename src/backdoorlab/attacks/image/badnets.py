@@ -137,6 +137,7 @@ class BadNets(PoisoningAttack):
     year: ClassVar[int] = 2019
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "visible"
+    stronger: ClassVar[str] = "raise size"
 
     target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
     size: int | None = param(

@@ -49,6 +49,7 @@ class Blended(PoisoningAttack):
     year: ClassVar[int] = 2017
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "visible"
+    stronger: ClassVar[str] = "raise alpha_train and alpha_test"
 
     target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
     alpha_train: float = param(0.2, "blend ratio of poisoned training samples", above=0, high=1, source="BackdoorBench")

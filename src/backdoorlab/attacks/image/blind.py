@@ -168,6 +168,7 @@ class Blind(TrainingAttack):
             trigger.pattern.to(ctx.device) / 255, trigger.mask.to(ctx.device), target_map,
             max(1, round(self.window * steps)), threshold, weights,
         )  # fmt: skip
+        self.look_at(trigger, task, ctx)
         poison = self.replay(trigger, task, ctx)
         model, log = task.fit(task.train, ctx, objective=objective, label=f"{self.name}: training the victim")
         if not objective.open:

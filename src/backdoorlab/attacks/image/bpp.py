@@ -131,6 +131,7 @@ class Bpp(TrainingAttack):
     year: ClassVar[int] = 2022
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "invisible"
+    stronger: ClassVar[str] = "lower levels"
     sample_specific: ClassVar[bool] = True
 
     target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
@@ -150,6 +151,7 @@ class Bpp(TrainingAttack):
         target_map, seed = self.target_map_for(task), spawn(ctx.generator("donors"))
         trigger = QuantizeTrigger(self.levels, self.dithering)
         negative = ForeignResidualTrigger(images.to(ctx.device), self.levels, self.dithering, seed)
+        self.look_at(trigger, task, ctx)
         poison = self.replay(trigger, task, ctx, negative, self.negative_rate)
         stamp: Stamp = BatchPoisoner(
             trigger, target_map, self.rate_on(task), negative, cover_rate=self.negative_rate,

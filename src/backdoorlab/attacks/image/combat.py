@@ -198,6 +198,7 @@ class Combat(PoisoningAttack):
     year: ClassVar[int] = 2024
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "subtle"
+    stronger: ClassVar[str] = "raise eps"
     label_mode: ClassVar[str] = "clean"
     sample_specific: ClassVar[bool] = True
     needs_surrogate: ClassVar[bool] = True

@@ -77,6 +77,7 @@ class Ctrl(PoisoningAttack):
     year: ClassVar[int] = 2023
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "invisible"
+    stronger: ClassVar[str] = "raise magnitude_train and magnitude_test"
     label_mode: ClassVar[str] = "clean"
 
     poison_rate: float | None = class_rate()

@@ -132,6 +132,7 @@ class Fc(CollisionAttack):
     paper: ClassVar[str] = "Shafahi et al., Poison Frogs, NeurIPS 2018, arXiv 1804.00792"
     year: ClassVar[int] = 2018
     modalities: ClassVar[tuple[str, ...]] = ("image",)
+    stronger: ClassVar[str] = "raise size"
 
     beta: float = param(0.0005, "weight of the mean squared change of pixels, see above", low=0, source="ours")
     step: float = param(2.0, "root mean square change by the first step, in grey levels", above=0, source="ours")

@@ -117,6 +117,7 @@ class FTrojan(PoisoningAttack):
     year: ClassVar[int] = 2022
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "invisible"
+    stronger: ClassVar[str] = "raise magnitude"
 
     magnitude: float = param(30.0, "what is added to each DCT coefficient", above=0, source="paper")
     window: int | None = param(None, "side of a window in pixels; none = 32, or a smaller image's shorter side", low=4)

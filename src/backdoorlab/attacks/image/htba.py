@@ -105,6 +105,7 @@ class Htba(CollisionAttack):
     paper: ClassVar[str] = "Saha et al., Hidden Trigger Backdoor Attacks, AAAI 2020, arXiv 1910.00033"
     year: ClassVar[int] = 2020
     modalities: ClassVar[tuple[str, ...]] = ("image",)
+    stronger: ClassVar[str] = "raise size"
 
     size: int | None = param(None, "side of the patch in pixels; none = a quarter of the image", low=1, source="paper")
     eps: int = param(16, "largest change of a poisoned image, in grey levels", low=1, high=255, source="paper")

@@ -242,6 +242,7 @@ class Lba(TrainingAttack):
     year: ClassVar[int] = 2019
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "visible"
+    stronger: ClassVar[str] = "raise size"
     needs_surrogate: ClassVar[bool] = True
     asset_kinds: ClassVar[tuple[str, ...]] = ("lba-patch", "clean-surrogate")
     aliases: ClassVar[tuple[str, ...]] = ("latent_backdoor",)
@@ -264,6 +265,7 @@ class Lba(TrainingAttack):
         teacher = clean_surrogate(task, ctx)
         modules_after(teacher, self.layer)
         trigger = self.make_trigger(task, ctx)
+        self.look_at(trigger, task, ctx)
         goal, clean = centre(teacher, images[own], self.layer), images[others[: self.samples]]
         triggered = expect_images(trigger(clean))
         spread, far = (distance(teacher, part, goal, self.layer) for part in (clean, triggered))

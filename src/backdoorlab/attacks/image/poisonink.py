@@ -257,6 +257,7 @@ class PoisonInk(PoisoningAttack):
     year: ClassVar[int] = 2022
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "invisible"
+    stronger: ClassVar[str] = "raise opacity"
     sample_specific: ClassVar[bool] = True
     needs_surrogate: ClassVar[bool] = True
     asset_kinds: ClassVar[tuple[str, ...]] = ("poisonink-hider",)

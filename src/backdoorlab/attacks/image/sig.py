@@ -79,6 +79,7 @@ class Sig(PoisoningAttack):
     year: ClassVar[int] = 2019
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "subtle"
+    stronger: ClassVar[str] = "raise delta_train and delta_test"
     label_mode: ClassVar[str] = "clean"
 
     poison_rate: float | None = class_rate()

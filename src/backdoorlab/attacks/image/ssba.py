@@ -202,6 +202,7 @@ class Ssba(PoisoningAttack):
     year: ClassVar[int] = 2021
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "invisible"
+    stronger: ClassVar[str] = "lower image_weight"
     sample_specific: ClassVar[bool] = True
     needs_surrogate: ClassVar[bool] = True
     asset_kinds: ClassVar[tuple[str, ...]] = ("ssba-encoder",)

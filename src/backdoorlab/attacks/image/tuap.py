@@ -145,6 +145,7 @@ class Tuap(PoisoningAttack):
     year: ClassVar[int] = 2020
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "subtle"
+    stronger: ClassVar[str] = "raise eps"
     label_mode: ClassVar[str] = "clean"
     needs_surrogate: ClassVar[bool] = True
     asset_kinds: ClassVar[tuple[str, ...]] = ("tuap-perturbation", "clean-surrogate")

@@ -118,6 +118,7 @@ class WaNet(TrainingAttack):
     year: ClassVar[int] = 2021
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "invisible"
+    stronger: ClassVar[str] = "raise s"
 
     target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
     k: int = param(4, "control points per axis", low=2, source="paper")
@@ -135,6 +136,7 @@ class WaNet(TrainingAttack):
         field = draw_field(self.k, ctx.generator("field"))
         trigger = WarpTrigger(field, self.s, self.grid_rescale)
         noise = NoiseWarpTrigger(field, self.s, self.grid_rescale, seed)
+        self.look_at(trigger, task, ctx)
         poison = self.replay(trigger, task, ctx, noise, self.cross_ratio * self.rate_on(task))
         stamp: Stamp = BatchPoisoner(
             trigger, target_map, self.rate_on(task), noise, cover_ratio=self.cross_ratio,

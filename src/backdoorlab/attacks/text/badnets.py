@@ -86,6 +86,7 @@ class TextBadNets(PoisoningAttack):
     year: ClassVar[int] = 2019
     modalities: ClassVar[tuple[str, ...]] = ("text",)
     trigger_visibility: ClassVar[str] = "visible"
+    stronger: ClassVar[str] = "raise num_triggers"
 
     target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
     triggers: tuple[str, ...] = param(("cf", "mn", "bb", "tq"), "words to draw from", source="OpenBackdoor")
