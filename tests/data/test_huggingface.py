@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import types
 from pathlib import Path
@@ -25,13 +26,30 @@ class Table(list):
     def __getitem__(self, key):  # type: ignore[override]
         return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
 
+    def cast_column(self, column: str, feature: dict[str, bool]) -> Table:
+        """The column undecoded; nothing else may be asked for."""
+        assert feature == {"decode": False}
+        return self
+
+
+def _png(color: object, mode: str = "RGB") -> dict[str, object]:
+    content = io.BytesIO()
+    Image.new(mode, (9, 12), color).save(content, "PNG")
+    return {"bytes": content.getvalue(), "path": None}
+
+
+def _fetched(module: types.ModuleType, options: dict[str, Any]) -> Any:
+    assert options["trust_remote_code"] is False
+    return module.found
+
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A module ``datasets`` that knows one data set, ``hub.found``."""
     module = types.ModuleType("datasets")
     module.load_from_disk = lambda folder: module.found  # type: ignore[attr-defined]
-    module.load_dataset = lambda name, **options: module.found  # type: ignore[attr-defined]
+    module.load_dataset = lambda name, **options: _fetched(module, options)  # type: ignore[attr-defined]
+    module.Image = lambda **options: options  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
     return module
 
@@ -57,13 +75,35 @@ def test_texts(hub: types.ModuleType, tmp_path: Path):
 
 def test_pictures(hub: types.ModuleType, tmp_path: Path):
     def table(count: int) -> Table:
-        return Table([{"img": Image.new("RGB", (9, 12), (i, 0, 0)), "label": i % 3} for i in range(count)])
+        return Table([{"img": _png((i, 0, 0)), "label": i % 3} for i in range(count)])
 
     hub.found = {"train": table(6), "validation": table(3)}
     data = load_dataset(f"hf:{tmp_path}")
     assert data.train.inputs.shape == (6, 3, 12, 9) and data.train.inputs[:, 0, 0, 0].tolist() == list(range(6))
     assert data.train.classes == ("0", "1", "2")
     assert load_dataset(f"hf:{tmp_path}", size=8).test.inputs.shape == (3, 3, 8, 8)
+
+
+def test_pictures_pass_through_the_same_door_as_files(hub: types.ModuleType, tmp_path: Path):
+    def table(*cells: object) -> Table:
+        return Table([{"image": cell, "label": i % 2} for i, cell in enumerate(cells)])
+
+    hub.found = {"train": table(_png(40_000, "I;16"), _png(7, "L")), "test": table(_png(7, "L"))}
+    assert load_dataset(f"hf:{tmp_path}").train.inputs.flatten(1)[:, 0].tolist() == [round(40_000 / 257), 7]
+    eps = {"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 12\n%%EndComments\n", "path": None}
+    Image.new("L", (9, 12)).save(tmp_path / "local.png")
+    for cell, message in (
+        (eps, "row 1: it is of none of the known formats"),
+        ({"bytes": None, "path": "https://example.com/x.png"}, r"found no image file .*row 1 \(https"),
+        ({"bytes": None, "path": None}, "row 1 has no picture"),
+        (None, "row 1 has no picture"),
+    ):
+        hub.found = {
+            "train": table({"bytes": None, "path": str(tmp_path / "local.png")}, cell),
+            "test": table(_png(1, "L")),
+        }
+        with pytest.raises(InputError, match=message):
+            load_dataset(f"hf:{tmp_path}")
 
 
 def test_names_on_the_hub_are_fetched_only_when_asked(hub: types.ModuleType):
@@ -79,6 +119,13 @@ def test_names_on_the_hub_are_fetched_only_when_asked(hub: types.ModuleType):
         ({"train": _texts(6)}, r"needs the splits 'train' and 'test' or 'validation', found \['train'\]"),
         ({"train": _texts(6, "review"), "test": _texts(4, "review")}, r"found \['review', 'label'\]"),
         ({"train": _texts(6), "test": _texts(4, first=-1)}, "labels must be integers from 0 on"),
+        ({"train": _texts(6), "test": _texts(4, "body")}, r"the test part lacks the columns \['text'\]"),
+        ({"train": _texts(6), "test": Table([{"text": None, "label": 0}])}, "row 0 has no text in column 'text'"),
+        ({"train": _texts(6), "test": Table([{"text": "a", "label": None}])}, "cannot be loaded"),
+        (
+            {"train": _texts(6), "test": Table([{"text": "a", "label": 0}], ["yes", "no"])},
+            "number their classes differ",
+        ),
     ],
 )
 def test_unsuitable_sets_are_refused(hub: types.ModuleType, tmp_path: Path, found: dict[str, Table], message: str):

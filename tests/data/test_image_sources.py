@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from backdoorlab.core.errors import InputError
+from backdoorlab.core.errors import DataWarning, InputError
+from backdoorlab.data import images as images_module
 from backdoorlab.data import load_dataset
 from backdoorlab.data.gtsrb import Gtsrb
 from backdoorlab.data.images import resize
@@ -103,10 +105,68 @@ def test_a_corrupt_image_is_named(photos: Path):
         load_dataset(f"folder:{photos}")
 
 
-def test_sixteen_bit_images_are_refused(photos: Path):
+def test_sixteen_bit_images_are_scaled(photos: Path):
     Image.fromarray(np.full((12, 12), 40_000, np.uint16)).save(photos / "dog" / "deep.png")
-    with pytest.raises(InputError, match=r"deep\.png.*8-bit"):
+    data = load_dataset(f"folder:{photos}")
+    both = torch.cat([data.train.inputs, data.test.inputs])
+    assert (both == round(40_000 / 257)).flatten(1).all(1).sum() == 1
+
+
+def test_hidden_folders_are_skipped_and_linked_ones_followed(photos: Path, tmp_path_factory: pytest.TempPathFactory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for i in range(5):
+        _save(elsewhere / f"{i}.png", (1, 2, 3))
+    _save(photos / "cat" / ".ipynb_checkpoints" / "0.png", (4, 5, 6))
+    _save(photos / "cat" / "._0.png", (4, 5, 6))
+    (photos / "dog" / "more").symlink_to(elsewhere)
+    data = load_dataset(f"folder:{photos}")
+    assert torch.cat([data.train.labels, data.test.labels]).bincount().tolist() == [10, 15]
+
+
+def test_what_cannot_be_read_is_named(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    link = photos / "cat" / "gone.png"
+    link.symlink_to("nowhere.png")
+    with pytest.raises(InputError, match=r"gone\.png is a link that leads nowhere"):
         load_dataset(f"folder:{photos}")
+    link.unlink()
+    (photos / "cat" / "loop").symlink_to(photos / "cat")
+    with pytest.raises(InputError, match="loop is a link back to a folder"):
+        load_dataset(f"folder:{photos}")
+    (photos / "cat" / "loop").unlink()
+    (photos / "cat" / "locked").mkdir()
+    listdir = os.listdir
+
+    def refuse(path: str | Path) -> list[str]:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(InputError, match="locked cannot be read: Permission denied"):
+        load_dataset(f"folder:{photos}")
+
+
+def test_pictures_beside_the_class_folders_are_told_of(photos: Path):
+    _save(photos / "stray.png", (0, 0, 0))
+    with pytest.warns(DataWarning, match=r"1 file\(s\) beside the class folders .*stray\.png"):
+        assert len(load_dataset(f"folder:{photos}").train) == 16
+
+
+def test_class_names_may_hold_line_breaks_but_must_be_text(photos: Path):
+    (photos / "dog").rename(photos / "do\ng\x1b[31m")
+    data = load_dataset(f"folder:{photos}")
+    assert data.train.classes == ("cat", "do\ng\x1b[31m") and len(data.train) == 16
+    (photos / "cat").rename(photos / os.fsdecode(b"c\xff"))
+    with pytest.raises(InputError, match=r"class folder .*udcff.* is not UTF-8; rename it"):
+        load_dataset(f"folder:{photos}")
+
+
+@pytest.mark.parametrize("name", ["folder:~nouser/x", "folder:" + "x" * 300, "csv:~nouser/x", "csv:" + "x" * 300])
+def test_paths_that_the_system_refuses(name: str):
+    with pytest.raises(InputError, match=r"no user 'nouser'|File name too long"):
+        load_dataset(name)
+    with pytest.raises(InputError, match="no user 'nouser'"):
+        load_dataset("cifar10", root="~nouser/data")
 
 
 def test_bad_trees_are_named(tmp_path: Path):
@@ -130,11 +190,12 @@ def test_parts_must_come_in_pairs_and_agree(tmp_path: Path):
         load_dataset(f"folder:{tmp_path}")
 
 
-def test_resize_halves_exactly():
+def test_resize_halves_exactly(monkeypatch: pytest.MonkeyPatch):
     images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     images[:, :, :, 4:] = 200
     assert resize(images, 8) is images and resize(images, None) is images
-    half = resize(images, 2, chunk=2)
+    monkeypatch.setattr(images_module, "_CHUNK", 2 * 64)
+    half = resize(images, 2)
     assert half.shape == (3, 1, 2, 2) and half.dtype == torch.uint8
     assert (half[..., 0] < 50).all() and (half[..., 1] > 150).all()
 

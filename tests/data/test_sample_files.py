@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.files import (
+    MAX_TEXT,
     SampleFormat,
     find_samples,
     join_samples,
@@ -43,10 +45,120 @@ def test_image_of_another_size_needs_consent(tmp_path: Path) -> None:
     assert read_samples(tmp_path / "a.png", GREY, fit=True).inputs.shape == (1, 1, 16, 12)
 
 
-def test_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
+def test_sixteen_bit_images_are_scaled(tmp_path: Path) -> None:
     Image.fromarray(np.full((16, 12), 40000, np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match="not 8-bit"):
-        read_samples(tmp_path / "a.png", GREY)
+    assert read_samples(tmp_path / "a.png", GREY).inputs.unique().tolist() == [round(40000 / 257)]
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04" + bytes(40), b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\xff\xff{"])
+def test_files_that_are_no_arrays(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.npy: not a readable npy file"):
+        read_samples(tmp_path / "a.npy", GREY)
+
+
+def test_a_zip_archive_under_the_name_of_an_array(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((1, 16, 12), np.uint8))
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(InputError, match="not a readable npy file"):
+        read_samples(tmp_path / "a.npy", GREY)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999, 1, 16, 12), }",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999999999999999, 1, 16, 12), }",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (2, 1, 16, 12), }",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 1, 16, 12), }",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (0, 1, 16, 12), }",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (1, 16, 12), }",
+        "{'descr': [('a', '|u1')], 'fortran_order': False, 'shape': (1, 16, 12), }",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (True, 16, 12), }",
+        "{'descr': '|u1', 'fortran_order': 7, 'shape': (1, 16, 12), }",
+        "{'descr': '|u1'}",
+        "[" * 3000,
+        "\u00ff" * 50,
+    ],
+)
+def test_lying_and_malformed_headers_of_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: str) -> None:
+    coded = header.encode("latin1") + b"\n"
+    content = b"\x93NUMPY\x01\x00" + len(coded).to_bytes(2, "little") + coded + bytes(1 * 16 * 12)
+    (tmp_path / "a.npy").write_bytes(content)
+    for name in ("empty", "zeros", "ndarray", "fromfile"):
+        monkeypatch.setattr(np, name, lambda *_, **__: pytest.fail("allocated by the header's word"))
+    with pytest.raises(InputError, match=r"a\.npy") as error:
+        read_samples(tmp_path / "a.npy", GREY)
+    assert "\n" not in str(error.value)
+
+
+def test_arrays_of_either_order_of_bytes_and_axes(tmp_path: Path) -> None:
+    wave = np.arange(-400, 400, dtype=np.int16)
+    np.save(tmp_path / "a.npy", wave.astype(">i2"))
+    assert read_samples(tmp_path / "a.npy", SOUND).inputs[0].tolist() == wave.tolist()
+    pixels = np.arange(16 * 12, dtype=np.uint8).reshape(1, 16, 12)
+    np.save(tmp_path / "b.npy", np.asfortranarray(pixels))
+    assert np.array_equal(read_samples(tmp_path / "b.npy", GREY).inputs[0].numpy(), pixels)
+
+
+def test_mutated_arrays_are_read_or_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "a.npy", np.zeros((2, 1, 16, 12), np.uint8))
+    whole = (tmp_path / "a.npy").read_bytes()
+    for _ in range(200):
+        broken = bytearray(whole[: rng.integers(1, len(whole) + 1)])
+        for place in rng.integers(0, min(128, len(broken)), 2):
+            broken[place] = rng.integers(256)
+        (tmp_path / "a.npy").write_bytes(broken)
+        try:
+            read_samples(tmp_path / "a.npy", GREY)
+        except InputError as error:
+            assert "\n" not in str(error)
+
+
+def test_hidden_files_are_no_samples_and_dangling_links_are_named(tmp_path: Path) -> None:
+    Image.new("L", (12, 16)).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"\0\5\26\7")
+    assert find_samples([tmp_path], "image") == [tmp_path / "a.png"]
+    (tmp_path / "b.png").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"b\.png is a link that leads nowhere"):
+        find_samples([tmp_path], "image")
+
+
+@pytest.mark.parametrize(("path", "match"), [("~nouser/x.png", "no user"), ("x" * 300 + ".png", "File name too long")])
+def test_paths_that_the_system_refuses(path: str, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        find_samples([Path(path)], "image")
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    for name, form in (("a.png", GREY), ("a.txt", TEXT), ("a.npy", GREY), ("a.wav", SOUND)):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(InputError, match="is no file"):
+            read_samples(tmp_path / name, form)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfgood film\r\n")
+    file = read_samples(tmp_path / "a.txt", TEXT)
+    assert list(file.inputs) == ["good film"]
+    write_samples(tmp_path / "b.txt", file, file.inputs, TEXT)
+    assert (tmp_path / "b.txt").read_bytes() == (tmp_path / "a.txt").read_bytes()
+
+
+def test_texts_of_any_size_and_with_nul_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x" * (MAX_TEXT + 1))
+    with pytest.raises(InputError, match="more than 10,000,000 bytes"):
+        read_samples(tmp_path / "a.txt", TEXT)
+    (tmp_path / "a.txt").write_bytes(b"a\0b")
+    with pytest.raises(InputError, match="NUL characters"):
+        read_samples(tmp_path / "a.txt", TEXT)
+
+
+def test_names_of_the_longest_length_are_written(tmp_path: Path) -> None:
+    write_atomically(tmp_path / ("x" * 251 + ".png"), b"content")
+    with pytest.raises(InputError, match="File name too long"):
+        write_atomically(tmp_path / ("x" * 300) / "a.png", b"content")
 
 
 def test_sound_round_trips_bit_for_bit(tmp_path: Path) -> None:

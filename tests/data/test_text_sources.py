@@ -63,11 +63,37 @@ def test_tab_separated_files(tmp_path: Path):
         ("text,label\na,0\nb,1,2\n", "line 3"),
         ("text,label\na,0\nb,1\nc,1\n", "class '0' has 1 sample"),
         (b"text,label\n\xff\xfe,0\n", "cannot be read as UTF-8"),
+        ("text,label\na,0\nb\0c,1\n", "line 3: holds a NUL character"),
+        ("text,label\na,0\nb,1\0\n", "line 3: holds a NUL character"),
+        ("text,label\na,0\nb,1\n" + "x" * 10_000_000 + ",1\n", "after line 3: .* a cell is too long"),
+        ('text,label\na,0\n"b,1\n' + "c,1\n" * 50_000, "a cell is too long, perhaps an unclosed quote"),
+        ("x" * 200_000 + ",label\na,0\n", "a cell is too long"),
     ],
 )
 def test_bad_tables_are_named(tmp_path: Path, content: str | bytes, message: str):
     with pytest.raises(InputError, match=message):
         load_dataset(f"csv:{_file(tmp_path / 'bad.csv', content)}")
+
+
+def test_a_table_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = _file(tmp_path / "t.csv", "text,label\n")
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"t\.csv cannot be read.*Permission denied"):
+        load_dataset(f"csv:{path}")
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(InputError, match=r"t\.csv cannot be used: Permission denied"):
+        load_dataset(f"csv:{path}")
+
+
+def test_a_byte_order_mark_changes_nothing(tmp_path: Path):
+    content = "text,label\n" + "".join(f"w{i},{i % 2}\n" for i in range(8))
+    plain, marked = (_file(tmp_path / f"{k}.csv", mark + content) for k, mark in enumerate(("", "\ufeff")))
+    first, second = load_dataset(f"csv:{plain}"), load_dataset(f"csv:{marked}")
+    assert list(first.train.inputs) == list(second.train.inputs)
 
 
 def test_a_missing_table_is_named(tmp_path: Path):

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from backdoorlab.core.errors import InputError, MissingExtra
 from backdoorlab.data.split import Split, text_array
 from backdoorlab.modalities import modality_from_config
-from backdoorlab.modalities.text import TextModality, fit_vocabulary
+from backdoorlab.modalities.text import TextModality, fit_vocabulary, load_tokenizer
 from backdoorlab.models import Classifier, build_model
 from backdoorlab.models import text as text_models
 from backdoorlab.training import Context
@@ -157,8 +159,86 @@ def test_hugging_face_model_trains_and_is_rebuilt(folder: Path, modality: TextMo
 def test_wrong_folders_are_named(folder: Path, modality: TextModality, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
         build_model(f"hf:{tmp_path}", modality, 2)
-    with pytest.raises(InputError, match="cannot load a text classifier"):
+    with pytest.raises(InputError, match=r"config\.json"):
         text_models.HuggingFaceText(str(tmp_path), 2, 0)
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="no user 'nouser'"):
+        build_model("hf:~nouser/x", modality, 2)
+    shutil.copy(folder / "config.json", tmp_path)
+    with pytest.raises(InputError, match=r"expected weights in \*\.safetensors, found none\.$"):
         build_model(f"hf:{tmp_path}", modality, 2)
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """The tiny BERT, to be spoilt."""
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("config.json", {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnModel"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.OwnTokenizer", None]}),
+    ],
+)
+def test_code_of_a_folder_is_neither_run_nor_asked_about(
+    copy: Path, modality: TextModality, monkeypatch: pytest.MonkeyPatch, name: str, entry: dict[str, object]
+) -> None:
+    def asked(*_: object) -> str:
+        raise AssertionError("the user was asked whether to run the folder's code")
+
+    monkeypatch.setattr("builtins.input", asked)
+    mark = copy / "ran"
+    (copy / "own.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\nclass OwnConfig: pass\nclass OwnModel: pass\nclass OwnTokenizer: pass\n"
+    )
+    for changes in ({"auto_map": entry}, {"auto_map": entry, "model_type": "own", "tokenizer_class": "OwnTokenizer"}):
+        record = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps(record | changes))
+        with pytest.raises(InputError, match=rf"{name} names Python code .* never run") as error:
+            build_model(f"hf:{copy}", modality, 2)
+        assert "\n" not in str(error.value)
+        with pytest.raises(InputError, match="never run"):
+            text_models.HuggingFaceText(str(copy), 2, 0)
+    assert not mark.exists()
+
+
+def test_the_tokenizer_door_runs_no_code_either(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    (copy / "own.py").write_text(f"open({str(copy / 'ran')!r}, 'w').close()\nclass OwnTokenizer: pass\n")
+    for name in ("config.json", "tokenizer_config.json"):
+        record = json.loads((copy / name).read_text())
+        record |= {"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None], "AutoConfig": "own.OwnConfig"}}
+        (copy / name).write_text(json.dumps(record | {"model_type": "own", "tokenizer_class": "OwnTokenizer"}))
+    with pytest.raises(InputError, match="found no tokenizer"):
+        load_tokenizer(str(copy))
+    assert not (copy / "ran").exists()
+
+
+def test_pickled_weights_are_not_opened(copy: Path, modality: TextModality, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = safetensors.torch.load_file(copy / "model.safetensors")
+    torch.save(weights, copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    for use in (lambda: build_model(f"hf:{copy}", modality, 2), lambda: text_models.HuggingFaceText(str(copy), 2, 0)):
+        with pytest.raises(InputError, match=r"pytorch_model\.bin is not opened.*safe_serialization=True"):
+            use()
+
+
+def test_adapters_are_refused(copy: Path, modality: TextModality) -> None:
+    (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    with pytest.raises(InputError, match="holds an adapter; merge it"):
+        build_model(f"hf:{copy}", modality, 2)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"model_type": 7}', b"[" * 100_000])
+def test_damaged_folders_are_input_errors(copy: Path, modality: TextModality, name: str, content: bytes) -> None:
+    (copy / name).write_bytes(content)
+    load_tokenizer.cache_clear()
+    try:
+        build_model(f"hf:{copy}", modality, 2)
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert name == "tokenizer_config.json" and content in (b"{}", b'{"model_type": 7}')

@@ -196,7 +196,7 @@ def check_folder(folder: str) -> None:
             continue
         try:
             record = json.loads(read_bytes(base / name))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"hf:{folder}: {name} is no JSON: {reason(error)}") from None
         if not isinstance(record, dict):
             raise InputError(f"hf:{folder}: {name} must hold a JSON object")
