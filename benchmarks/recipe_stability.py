@@ -9,8 +9,8 @@
 
 Every run is a benign training or an attack on one data set with one seed, by the library's own loop. A line per run
 goes to the file at once, and what is there is not run again. Grey and RGB folders of 28, 32 and 64 px are drawn from
-the embedded digits (turned, shifted, scaled; 4,000 + 1,000 images), written as PNG files and read back as ``folder:PATH``:
-they stand for a user's own data, whose mean and standard deviation nobody has set.
+the embedded digits (turned, shifted, scaled; 4,000 + 1,000 images), written as PNG files and read back as
+``folder:PATH``: they stand for a user's own data, whose mean and standard deviation nobody has set.
 
 Columns of the table: n, runs; failed, those that ended as an error (a second collapse, or nothing learned); caught,
 those in which a training collapsed once and was taken back; jump, the largest rise of the loss of an epoch over the

@@ -34,9 +34,15 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Stem 3x3 without norm, four stages (strides 1, 2, 2, 2), global average pooling *without* a final BN-ReLU."""
+    """Stem 3x3 without norm, four stages (strides 1, 2, 2, 2), perhaps a BN-ReLU, global average pooling, linear.
 
-    def __init__(self, blocks: tuple[int, ...], width: int, num_classes: int = 10, in_chans: int = 3) -> None:
+    He et al. end the last stage with a BN-ReLU; the network of the backdoor literature lacks it (``last_norm=False``).
+    Without it nothing bounds the scale of the residual stream, and large learning rates make training diverge.
+    """
+
+    def __init__(
+        self, blocks: tuple[int, ...], width: int, num_classes: int = 10, in_chans: int = 3, last_norm: bool = False
+    ) -> None:
         super().__init__()
         self.num_classes, self.num_features = num_classes, width * 8
         self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
@@ -48,12 +54,15 @@ class PreActResNet(nn.Module):
                 current = out
             stages.append(nn.Sequential(*layers))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.norm = nn.BatchNorm2d(current) if last_norm else None
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(current, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B,C,H,W] -> logits [B,K]."""
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        if self.norm is not None:
+            x = F.relu(self.norm(x))
         logits: Tensor = self.linear(self.pool(x).flatten(1))
         return logits
 
@@ -68,14 +77,14 @@ def _own(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 @register_model
 def preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
-    """PreAct-ResNet18 of the backdoor literature: widths 64-512, two blocks a stage, 11.2 M parameters."""
+    """PreAct-ResNet18 of the backdoor literature: widths 64-512, two blocks a stage, no last norm, 11.2 M weights."""
     return PreActResNet((2, 2, 2, 2), 64, **_own(kwargs))
 
 
 @register_model
 def preact_resnet8(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
-    """The narrow one for CPUs: widths 16-128, one block a stage."""
-    return PreActResNet((1, 1, 1, 1), 16, **_own(kwargs))
+    """The narrow one for CPUs: widths 16-128, one block a stage, BN-ReLU before the pool."""
+    return PreActResNet((1, 1, 1, 1), 16, last_norm=True, **_own(kwargs))
 
 
 class ConvNet3(nn.Module):
