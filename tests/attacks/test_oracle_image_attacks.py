@@ -20,8 +20,8 @@ from backdoorlab.attacks.image.blended import Blended, constant_blend
 from backdoorlab.attacks.image.bpp import ForeignResidualTrigger, QuantizeTrigger
 from backdoorlab.attacks.image.ctrl import Ctrl
 from backdoorlab.attacks.image.ftrojan import FTrojan
-from backdoorlab.attacks.image.lf import low_frequency_field, optimise_pattern
-from backdoorlab.attacks.image.refool import ReflectionTrigger, ghost, out_of_focus, vignette
+from backdoorlab.attacks.image.lf import Lf, low_frequency_field, optimise_pattern
+from backdoorlab.attacks.image.refool import ReflectionTrigger, Refool, expose, ghost, out_of_focus, vignette
 from backdoorlab.attacks.image.sig import Sig
 from backdoorlab.attacks.image.wanet import NoiseWarpTrigger, WarpTrigger, draw_field, warp_grid
 from backdoorlab.attacks.pixels import AdditiveTrigger, BlendTrigger
@@ -382,13 +382,24 @@ def test_layers_are_laid_one_over_the_other() -> None:
 # --- LF ---------------------------------------------------------------------------------------------------------------
 
 
-def test_lf_addition_and_range() -> None:
+def test_lf_addition() -> None:
     images = pictures((3, 16, 16))
-    pattern = (255 * 0.2 * low_frequency_field(3, 16, 16, 0)).round()
-    assert float(pattern.min()) == 0
-    assert float(pattern.max()) == 51
+    pattern = (12.5 + 13.5 * low_frequency_field(3, 16, 16, 0)).round()
     slow = per_pixel(images, lambda x, c, i, j: x + float(pattern[c, i, j]))
     assert torch.equal(AdditiveTrigger(pattern)(images), slow)
+
+
+@pytest.mark.parametrize("variant", ["optimised", "random"])
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 32, 32)])
+def test_lf_has_the_strength_of_the_published_arrays(shape: tuple[int, int, int], variant: str) -> None:
+    """Standard deviation 13.5 and mean 12.5 grey levels in either variant."""
+    context = Context()
+    pattern = Lf(variant=variant, steps=2).make_trigger(task_of(shape), context).pattern
+    assert float(pattern.std(unbiased=False)) == pytest.approx(13.5, rel=0.05)
+    assert float(pattern.mean()) == pytest.approx(12.5, abs=0.5)
+    assert torch.equal(pattern, pattern.round())
+    stronger = Lf(variant=variant, steps=2, std=30.0, mean=0.0).make_trigger(task_of(shape), context).pattern
+    assert float(stronger.std(unbiased=False)) == pytest.approx(30, rel=0.05)
 
 
 def test_lf_random_field_is_smooth() -> None:
@@ -396,15 +407,15 @@ def test_lf_random_field_is_smooth() -> None:
     coefficients = dctn(field, norm="ortho")
     u, v = np.indices(coefficients.shape)
     assert np.abs(coefficients[u + v > 6]).max() < 1e-5
-    assert np.abs(coefficients[u + v <= 6]).min() > 1e-6
+    assert np.abs(coefficients[(u + v <= 6) & (u + v > 0)]).min() > 1e-6
 
 
 def test_lf_optimisation_lowers_the_loss_of_the_target(digits_task: Task, benign_digits: Classifier) -> None:
     images, target = digits_task.train.inputs[:200], torch.zeros(200, dtype=torch.int64)
-    pattern = optimise_pattern(benign_digits, images, 0, 0.2, 3.2, 100, Context())
-    assert float(pattern.min()) == 0
-    assert float(pattern.max()) == pytest.approx(0.2)
-    random = 0.2 * low_frequency_field(1, 16, 16, 0)
+    pattern = optimise_pattern(benign_digits, images, 0, 0.1, 0.08, 3.2, 100, Context())
+    assert float(pattern.mean()) == pytest.approx(0.1, abs=1e-6)
+    assert float(pattern.std(unbiased=False)) == pytest.approx(0.08)
+    random = 0.1 + 0.08 * low_frequency_field(1, 16, 16, 0)
     with torch.no_grad():
         x = images.float() / 255
         clean, other, found = (
@@ -418,7 +429,7 @@ def test_lf_optimisation_lowers_the_loss_of_the_target(digits_task: Task, benign
 def test_lf_optimisation_leaves_the_model_alone(digits_task: Task) -> None:
     model = digits_task.build_model(Context()).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimise_pattern(model, digits_task.train.inputs[:20], 0, 0.2, 3.2, 2, Context())
+    optimise_pattern(model, digits_task.train.inputs[:20], 0, 0.1, 0.08, 3.2, 2, Context())
     assert all(p.grad is None for p in model.parameters())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -490,6 +501,27 @@ def test_reflections_mix_ghosts_and_blurs_and_scenes() -> None:
     assert (mixed_is_ghost | (kinds[1] == kinds[0]).flatten(1).all(1)).all()
     assert 5 < int(mixed_is_ghost.sum()) < 35
     assert float(corner[0].mean()) < float(corner[2].mean()), "only out-of-focus reflections have a vignette"
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 32, 32)])
+def test_reflected_scenes_are_as_dark_as_the_published_pictures(shape: tuple[int, int, int]) -> None:
+    """A mean of 53 grey levels in the attacker's pool and in the held-out one."""
+    for part in ("attack", "held out"):
+        pool = Refool()._trigger(task_of(shape), part).pool
+        assert float(pool.float().mean()) == pytest.approx(53, abs=1)
+        assert float(pool.float().std()) > 15
+    brighter = Refool(brightness=90.0)._trigger(task_of(shape), "attack").pool
+    assert float(brighter.float().mean()) == pytest.approx(90, abs=1)
+
+
+def test_exposure_is_one_gain_of_linear_light() -> None:
+    pool = pictures((3, 9, 7), 4)[:2]
+    pool[0, 0, 0] = torch.tensor([0, 255, 40, 0, 255, 10, 3])
+    wanted = 53 / float(pool.float().mean())
+    linear = (pool.double().numpy() / 255) ** 2.2 * wanted**2.2
+    slow = np.rint(255 * linear ** (1 / 2.2))
+    assert int(np.abs(expose(pool, 53.0).numpy() - slow).max()) <= 1
+    assert expose(pool[:1], 250.0).max() == 255
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------

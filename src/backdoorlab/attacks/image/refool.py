@@ -12,13 +12,14 @@ then clipped, brought back to gamma 1/2.2 and rounded. The scene and all paramet
 |round(u) - U(0.15, 0.5)|, blur sigma in U(1, 5), ghost with probability 0.49. Over-exposure: with mu the mean of f + b
 over the pixels of a channel where it exceeds 1 (at least 1), f loses (mu - 1)(1.08 + U(0, 0.1)).
 
-Choices: scenes are drawn from a seed (published lists of photographs cannot be shipped), or read from a folder of the
-user's; two pools are made, one for the attack, one that it never used; ASR with the latter is noted as
-``asr_held_out``. A folder's images, shuffled by the scene seed, are dealt to both pools in turn. Ghost offsets and blur
-are given for 224 px and scale with the image, offsets being at least one pixel. Blur and vignette have closed forms:
-rows of the blur matrix sum to 1 at the border, the vignette is exp(-z^2 / 4) with z from -3 to 3 along each axis.
-Paper: clean label; the common re-implementation relabels, which is the default here. ``clean_label=true`` poisons only
-target-class samples, its effect was not measured here. Without a generator everything is a function of the sample's
+Choices: scenes are drawn from a seed (published lists of photographs cannot be shipped), under one exposure for the
+whole pool that gives it the mean of the published pictures, 53 grey levels (as drawn they have 133); or they are read
+from a folder of the user's, as bright as they are. Two pools are made, one for the attack, one that it never used; ASR
+with the latter is noted as ``asr_held_out``. A folder's images, shuffled by the scene seed, are dealt to both pools in
+turn. Ghost offsets and blur are given for 224 px and scale with the image, offsets being at least one pixel. Blur and
+vignette have closed forms: rows of the blur matrix sum to 1 at the border, the vignette is exp(-z^2 / 4) with z from -3
+to 3 along each axis. Paper: clean label; the common re-implementation relabels, which is the default here.
+``clean_label=true`` poisons only target-class samples. Without a generator everything is a function of the sample's
 index. The paper's search for the best reflections is left out.
 """
 
@@ -157,6 +158,19 @@ class ReflectionTrigger(Trigger):
         return to_uint8(mixed.clamp_(0, 1) ** (1 / GAMMA) * 255)
 
 
+def expose(pool: Tensor, brightness: float) -> Tensor:
+    """Pictures under the one exposure that gives all of them together a mean of ``brightness`` grey levels.
+
+    An exposure, a gain of linear light, is a gain of grey levels too, as gamma is a power. What it makes brighter than
+    white is cut off, so that the mean stays below ``brightness`` where much is.
+
+    Args:
+        pool: uint8 [R,C,H,W].
+        brightness: in grey levels.
+    """
+    return to_uint8(pool.float() * (brightness / pool.float().mean().clamp_min(1)))
+
+
 def _offset(uniform: Tensor, side: int) -> Tensor:
     """3 to 8 px at 224 px, in proportion for other sides but at least 1: int64 [N]."""
     low, high = max(1, round(3 * side / 224)), max(1, round(8 * side / 224))
@@ -173,6 +187,7 @@ class Refool(PoisoningAttack):
     year: ClassVar[int] = 2020
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "visible"
+    stronger: ClassVar[str] = "lower alpha"
 
     poison_rate: float | None = class_rate("0.1, or 0.05 with clean_label")
     clean_label: bool = param(False, "poison target-class samples only and keep their labels, as in the paper")
@@ -185,6 +200,13 @@ class Refool(PoisoningAttack):
         None, "folder of images to reflect instead of drawn scenes, at least two", path=True
     )
     pool: int = param(100, "scenes in the attacker's pool, and in the held-out one, at most", low=1, source="ours")
+    brightness: float = param(
+        53.0,
+        "mean of the drawn scenes, in grey levels; a folder's pictures are taken as they are",
+        above=0,
+        high=128,
+        source="published pictures",
+    )
     scene_seed: int = param(0, "seed of the scenes, apart from the run's seed", low=0, source="ours")
 
     def __post_init__(self) -> None:
@@ -207,7 +229,7 @@ class Refool(PoisoningAttack):
         channels, height, width = expect_images(task.train.inputs).shape[1:]
         seed = derive_seed(self.scene_seed, part)
         if self.reflections is None:
-            views = scenes(self.pool, channels, height, width, seed)
+            views = expose(scenes(self.pool, channels, height, width, seed), self.brightness)
         else:
             views = self._dealt(read_folder(self.reflections, channels, height, width))[part == "held out"]
         return ReflectionTrigger(views, self.alpha, self.ghost_rate, seed)
