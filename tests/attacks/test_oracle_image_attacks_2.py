@@ -28,8 +28,12 @@ from backdoorlab.attacks.image.input_aware import (
     ForeignTrigger,
     InputAwareObjective,
     InputAwareTrigger,
+    TwiceBoundedNet,
     diversity,
+    mask_loss,
     sharpen,
+    spread,
+    train_mask,
 )
 from backdoorlab.attacks.image.lc import draw_corners, perturb, robust_surrogate
 from backdoorlab.attacks.image.lira import LiraObjective, LiraTrigger
@@ -39,6 +43,7 @@ from backdoorlab.core.errors import BackdoorLabError, InputError
 from backdoorlab.data.sources import load_dataset
 from backdoorlab.data.split import Dataset, Split
 from backdoorlab.modalities.base import modality_of
+from backdoorlab.modalities.image import ImageModality
 from backdoorlab.models import Classifier
 from backdoorlab.models.anatomy import features, head
 from backdoorlab.training import Context, Recipe, Task
@@ -310,10 +315,16 @@ class Recorder(torch.nn.Module):
 @pytest.mark.parametrize(("rate", "attacked", "crossed"), [(0.25, 3, 3), (0.5, 6, 6), (0.75, 9, 3), (1.0, 12, 0)])
 def test_input_aware_batches(rate: float, attacked: int, crossed: int) -> None:
     shape = (1, 16, 16)
-    pattern, mask = (seeded(lambda: DetailNet(1, 1, 16, 16), 0, name).eval() for name in ("pattern", "mask"))
+    pattern, mask = (seeded(lambda: TwiceBoundedNet(1, 1, 16, 16), 0, name).eval() for name in ("pattern", "mask"))
     companion = Companion(pattern.parameters(), 0.01, (0.5, 0.9), Recipe(epochs=1, batch_size=12), 12)
     objective = InputAwareObjective(
-        pattern, mask, TargetMap("all-to-one", 3, 4), rate, companion, torch.Generator().manual_seed(0)
+        pattern,
+        mask,
+        TargetMap("all-to-one", 3, 4),
+        rate,
+        companion,
+        torch.full((1, 1, 1), 0.25),
+        torch.Generator().manual_seed(0),
     )
     inputs, labels, model = pictures(shape, 12).float() / 255, torch.zeros(12, dtype=torch.int64), Recorder()
     loss = objective(model, inputs, labels, labels)  # type: ignore[arg-type]
@@ -337,7 +348,7 @@ def test_input_aware_batches(rate: float, attacked: int, crossed: int) -> None:
 
 def test_foreign_triggers_come_from_other_images() -> None:
     shape = (1, 16, 16)
-    pattern, mask = (seeded(lambda: DetailNet(1, 1, 16, 16), 0, name) for name in ("pattern", "mask"))
+    pattern, mask = (seeded(lambda: TwiceBoundedNet(1, 1, 16, 16), 0, name) for name in ("pattern", "mask"))
     own = InputAwareTrigger(pattern, mask, shape)
     donors = pictures(shape, 2, seed=3)
     foreign = ForeignTrigger(own, donors, 5)(donors.repeat(8, 1, 1, 1))
@@ -346,6 +357,75 @@ def test_foreign_triggers_come_from_other_images() -> None:
         other = 1 - n % 2
         wanted = torch.lerp(donors[n % 2].float(), drawn[other], where[other]).round()
         assert torch.allclose(foreign[n].float(), wanted, atol=1.0, rtol=0), n
+
+
+def slow_rms(a: np.ndarray, b: np.ndarray) -> float:
+    total = sum((float(a[place]) - float(b[place])) ** 2 for place in np.ndindex(a.shape))
+    return float(np.sqrt(total / a.size))
+
+
+def test_input_aware_masks_by_distances_of_normalised_images(digits_task: Task) -> None:
+    """Published weights count the distance between images as the victim's first layer hands them on."""
+    generator = torch.Generator().manual_seed(0)
+    images, masks = digits_task.train.inputs[:6], torch.rand(6, 1, 16, 16, generator=generator)
+    mean, std = (v[0] for v in (digits_task.modality.mean, digits_task.modality.std))  # type: ignore[attr-defined]
+    seen = (images.numpy() / 255 - mean) / std
+    slow = 100 * float(np.maximum(masks[:3].numpy() - 0.1, 0).mean())
+    slow += sum(slow_rms(seen[n], seen[n + 3]) / slow_rms(masks[n].numpy(), masks[n + 3].numpy()) for n in range(3)) / 3
+    x = images.float() / 255 / spread(digits_task.train.inputs, (std,))
+    assert float(mask_loss(x[:3], x[3:], masks[:3], masks[3:], 0.1)) == pytest.approx(slow, rel=1e-4)
+
+
+def test_input_aware_trains_both_networks_on_normalised_distances(
+    digits_task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reaches the loss, in either stage, is divided by the data's standard deviation."""
+    seen: list[list[Tensor]] = []
+    scale = torch.full((1, 1, 1), 0.25)
+
+    def record(*given: Tensor) -> Tensor:
+        seen.append([g.detach() for g in given[:2]])
+        return diversity(*given)
+
+    monkeypatch.setattr("backdoorlab.attacks.image.input_aware.diversity", record)
+    images = digits_task.train.inputs[:12]
+    levels = torch.zeros_like(images) + torch.tensor([0, 255], dtype=torch.uint8).repeat(6)[:, None, None, None]
+    recipe = Recipe(epochs=4, batch_size=12, precision="fp32")
+    pattern, mask = (seeded(lambda: TwiceBoundedNet(1, 1, 16, 16), 0, name).eval() for name in ("pattern", "mask"))
+    train_mask(mask, levels, 0.1, scale, recipe, 0.01, Context())
+    assert torch.cat(seen[0]).unique().tolist() == [0, 4]
+    companion = Companion(pattern.parameters(), 0.01, (0.5, 0.9), recipe, 12)
+    objective = InputAwareObjective(
+        pattern, mask, TargetMap("all-to-one", 3, 4), 0.5, companion, scale, torch.Generator().manual_seed(0)
+    )
+    labels = torch.zeros(12, dtype=torch.int64)
+    objective(Recorder(), levels.float() / 255, labels, labels)  # type: ignore[arg-type]
+    assert torch.cat(seen[-1]).unique().tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 9, 7)])
+def test_input_aware_measures_what_is_not_normalised(shape: tuple[int, int, int]) -> None:
+    images = pictures(shape, 40)
+    images[:, -1] //= 3
+    measured = (images.numpy() / 255).transpose(1, 0, 2, 3).reshape(shape[0], -1).std(1)
+    assert spread(images, (1.0,)).flatten().numpy() == pytest.approx(measured, rel=1e-5)
+    assert spread(images, (0.25,) * shape[0]).flatten().tolist() == [0.25] * shape[0]
+    flat = torch.full((5, *shape), 9, dtype=torch.uint8)
+    assert spread(flat, (1.0,)).flatten().tolist() == [1] * shape[0]
+
+
+def test_input_aware_patterns_lie_between_two_tangents() -> None:
+    """tanh(tanh(z)) / 2 + 1/2: neither black nor white is ever reached."""
+    net = seeded(lambda: TwiceBoundedNet(3, 3, 32, 32), 0, "pattern")
+    images = pictures((3, 32, 32), 6).float() / 255
+    with torch.no_grad():
+        mild = DetailNet.forward(net, images)  # type: ignore[arg-type]
+        assert torch.allclose(net(images), torch.tanh(torch.tanh(torch.atanh(2 * mild - 1))) / 2 + 0.5, atol=1e-5)
+        net.up[-1][-1].weight.mul_(1000)  # type: ignore[index, union-attr, operator]
+        drawn = net(images)
+    bound = np.tanh(1) / 2
+    assert float(drawn.min()) == pytest.approx(0.5 - bound, abs=1e-4)
+    assert float(drawn.max()) == pytest.approx(0.5 + bound, abs=1e-4)
 
 
 # --- LC ---------------------------------------------------------------------------------------------------------------
@@ -400,7 +480,7 @@ def test_lc_robust_surrogate_withstands_more(digits_task: Task, benign_digits: C
 
 def test_narcissus_noise_points_to_the_target(digits_task: Task, benign_digits: Classifier) -> None:
     train = digits_task.train
-    noise = optimise_noise(benign_digits, train.inputs[train.labels == 0], 0, 16 / 255, 60, 0.01, Context())
+    noise = optimise_noise(benign_digits, train.inputs[train.labels == 0], 0, 16 / 255, 200, 0.01, Context())
     assert float(noise.abs().max()) == pytest.approx(16 / 255)
     rows = train.labels != 0
     x = train.inputs[rows][:300].float() / 255
@@ -411,6 +491,34 @@ def test_narcissus_noise_points_to_the_target(digits_task: Task, benign_digits: 
             for d in (0 * noise, random, noise)
         )
     assert found < min(clean, other) - 1
+
+
+def test_narcissus_moves_images_below_the_noise(
+    digits_task: Task, benign_digits: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step by step: RAdam on CE(h(clip(A(x) + d)), t), the image augmented before the noise is added."""
+    images, shown = digits_task.train.inputs[digits_task.train.labels == 0][:40], []
+    prepare = ImageModality.prepare
+
+    def record(modality: ImageModality, inputs: Tensor, **settings: object) -> Tensor:
+        assert settings.get("train") is True
+        shown.append(prepare(modality, inputs, **settings))  # type: ignore[arg-type]
+        return shown[-1]
+
+    monkeypatch.setattr(ImageModality, "prepare", record)
+    found = optimise_noise(benign_digits, images, 0, 0.02, 9, 0.05, Context())
+    noise = torch.zeros(images.shape[1:], requires_grad=True)
+    radam = torch.optim.RAdam([noise], 0.05)
+    assert len(shown) == 9
+    for inputs in shown:
+        assert inputs.shape == images.shape
+        loss = F.cross_entropy(benign_digits((inputs + noise).clamp(0, 1)), torch.zeros(40, dtype=torch.int64))
+        (noise.grad,) = torch.autograd.grad(loss, noise)
+        radam.step()
+        with torch.no_grad():
+            noise.clamp_(-0.02, 0.02)
+    assert float(found.abs().max()) > 0.005
+    assert torch.allclose(found, noise.detach(), atol=1e-5)
 
 
 def test_narcissus_amplifies_at_test_time(digits_task: Task) -> None:
