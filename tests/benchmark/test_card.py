@@ -53,7 +53,7 @@ def _change(card: Card, **changes: object) -> str:
     ("changes", "message"),
     [
         ({"surprise": 1}, "surprise"),
-        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": 3}, "schema_version"),
         ({"status": "failed"}, "reason"),
         ({"metrics": {}}, "metrics lack acc"),
         ({"null_reasons": {}}, "null_reasons"),

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from scipy import stats
 from backdoorlab.benchmark import Card, Experiment, MethodSpec, Results, Runner, Store, rows, table
 from backdoorlab.benchmark.spec import stage_key
 from backdoorlab.core.errors import InputError
+from backdoorlab.metrics import statistics
 
 
 @pytest.fixture
@@ -55,6 +61,13 @@ def test_table_means_and_intervals(many: Store):
     assert table(many, ("seed",), "auroc")[0]["mean"] is None
 
 
+def test_intervals_do_not_depend_on_the_blocks_they_are_drawn_in(monkeypatch: pytest.MonkeyPatch):
+    values = [0.01 * i for i in range(37)]
+    whole = statistics.bootstrap_ci(values)
+    monkeypatch.setattr(statistics, "_BLOCK", 1000)
+    assert statistics.bootstrap_ci(values) == whole
+
+
 def test_torn_cards_are_listed_and_left_out(many: Store):
     runs = many.runs()
     (runs[0].path / "card.json").write_text('{"schema_version": 1')
@@ -65,6 +78,78 @@ def test_torn_cards_are_listed_and_left_out(many: Store):
     assert len(found.rows()) == 3
     assert len(found.refusals) == 4
     assert all("\n" not in r.reason for r in found.refusals)
+
+
+def _saved(store: Store, change: Callable[[dict], object]) -> None:
+    """One more card, changed and sealed as if a run had written it."""
+    content = json.loads((store.runs()[0].path / "card.json").read_text())
+    content["spec"]["seed"] = 1000
+    change(content)
+    store.save(Card.model_validate(content | {"key": hashlib.sha256(repr(content).encode()).hexdigest()[:20]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda c: c["spec"].update(seed=2**63), r"seed must be a 64-bit integer, got '9223372036854775808'"),
+        (lambda c: c["spec"].update(seed="one"), r"seed must be a 64-bit integer, got 'one'"),
+        (lambda c: c["spec"].update(seed=True), r"seed must be a 64-bit integer, got 'True'"),
+        (lambda c: c["spec"].pop("seed"), r"lack 'seed'"),
+        (lambda c: c["spec"].pop("task"), r"lack 'task'"),
+        (lambda c: c["spec"]["task"].pop("dataset"), r"lack 'dataset'"),
+        (lambda c: c["spec"].update(task=[]), r"cannot be tabulated"),
+        (lambda c: c["spec"].update(attack="badnets"), r"cannot be tabulated"),
+        (lambda c: c["spec"]["attack"].update(settings=[1]), r"cannot be tabulated"),
+        (lambda c: c["spec"]["task"].update(model=7), r"model must be text, got '7'"),
+        (lambda c: c["spec"]["attack"]["settings"].update(target=1e300), r"target must be a 64-bit integer"),
+        (lambda c: c["spec"].update(clean_fraction="all"), r"clean_fraction must be a finite number"),
+        (lambda c: c["metrics"].update(ACC=0.5), r"'acc' and 'ACC' differ in case alone"),
+        (lambda c: c["metrics"].update(mine=1.0, Mine=2.0), r"differ in case alone"),
+        (lambda c: c["metrics"].update(Seed=0.5), r"a metric cannot be called 'Seed'"),
+        (lambda c: c["metrics"].update({"": 0.5}), r"a metric cannot be called ''"),
+        (lambda c: c["metrics"].update(n=10**400), r"cannot be tabulated: int too large"),
+    ],
+)
+def test_a_card_that_cannot_be_a_row_is_left_out(many: Store, change: Callable[[dict], object], reason: str):
+    _saved(many, change)
+    found = Results(many)
+    assert len(found.rows()) == 5
+    (refusal,) = found.refusals
+    assert re.search(reason, refusal.reason) and "\n" not in refusal.reason
+    assert found.table("asr", ("attack",))[0]["n"] == 5
+
+
+def test_odd_metrics_of_single_cards_are_columns(many: Store):
+    _saved(many, lambda c: c["metrics"].update({'a "quoted" one': 0.25, "größe": 2}))
+    (row,) = [r for r in rows(many) if r["seed"] == 1000]
+    assert row['a "quoted" one'] == 0.25 and row["größe"] == 2.0
+
+
+def test_settings_are_those_that_differ_from_the_latest_defaults(many: Store):
+    """A default that changed between two runs tells them apart, as a setting of the user's would."""
+    for seed, size, changed in ((2000, 3, []), (2001, 5, []), (2002, 3, ["size"])):
+
+        def change(card: dict, seed: int = seed, size: int = size, changed: list = changed) -> None:
+            card["spec"]["seed"] = seed
+            card["spec"]["attack"]["settings"] = {"size": size, "rate": 0.1}
+            card["modality"], card["changed"] = "other", {"attack": changed}
+
+        _saved(many, change)
+    found = {r["seed"]: r["attack_settings"] for r in rows(many) if r["modality"] == "other"}
+    assert found == {2000: '{"size": 3}', 2001: "{}", 2002: '{"size": 3}'}
+
+
+def test_tables_do_not_load_torch(many: Store):
+    code = (
+        "import sys; from backdoorlab.cli.main import run; store, key = sys.argv[1:];"
+        "kinds = ([], ['--json'], ['--csv'], ['--metric', 'asr']);"
+        "codes = [run(['results', '--store', store, *more]) for more in kinds];"
+        "codes += [run(['show', key, '--store', store])];"
+        "print(codes, [m for m in ('torch', 'scipy', 'timm') if m in sys.modules], file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, str(many.root), many.runs()[0].key]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stderr.splitlines()[-1] == "[0, 0, 0, 0, 0] []", ended.stderr
 
 
 def test_wrong_columns_are_named(many: Store):
@@ -90,7 +175,8 @@ def test_sql_and_empty_store(many: Store, tmp_path: Path):
 def test_methods_that_are_not_installed_are_still_shown(many: Store):
     run = many.runs()[0]
     content = json.loads((run.path / "card.json").read_text())
-    content["spec"]["attack"] = {"name": "from_a_plugin", "settings": {"x": 1}, "code": "0"}
+    content["spec"]["attack"] = {"name": "from_a_plugin", "settings": {"x": 1, "y": 2}, "code": "0"}
+    content["changed"] = {"attack": ["x"]}
     many.save(Card.model_validate(content | {"key": stage_key(content["spec"])}))
     assert [r["attack_settings"] for r in rows(many) if r["attack"] == "from_a_plugin"] == ['{"x": 1}']
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backdoorlab.benchmark import Experiment, MethodSpec, attack_key, defense_key
-from backdoorlab.benchmark.spec import data_digest, resolve
+from backdoorlab.benchmark.spec import changed_settings, data_digest, resolve
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.split import Dataset, Split
 from backdoorlab.training import Task, TaskSpec
@@ -34,6 +34,25 @@ def test_typos_are_named():
         Experiment.from_json({"task": {"dataset": {"trainsize": 1}}})
     with pytest.raises(InputError, match="clean_fraction"):
         Experiment(clean_fraction=5)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64, True, "1", 1.0, None])
+def test_seeds_are_bounded(seed: object):
+    with pytest.raises(InputError, match=r"seed must be an integer from 0 to 9223372036854775807, got"):
+        Experiment(seed=seed)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"the seed of a dataset must be an integer from 0 to 2\^63 - 1, got"):
+        Experiment.from_json({"task": {"dataset": {"seed": seed}}})
+    assert Experiment(seed=2**63 - 1).seed == 2**63 - 1
+
+
+def test_changed_settings_are_those_of_the_user(digits_task: Task):
+    experiment = Experiment(
+        task=digits_task.spec,
+        attack=MethodSpec("badnets", {"size": 2, "poison_rate": "0.1"}),
+        defense=MethodSpec("ft", {"epochs": 7}),
+    )
+    assert changed_settings(experiment, digits_task) == {"attack": ["size"], "defense": ["epochs"]}
+    assert changed_settings(Experiment(task=digits_task.spec), digits_task) == {}
 
 
 def test_keys_change_exactly_with_the_spec(digits_task: Task):

@@ -1,13 +1,21 @@
-"""Spec -> plan -> run -> card: experiments with stable keys, a crash-safe store, resumable grids and tables."""
+"""Spec -> plan -> run -> card: experiments with stable keys, a crash-safe store, resumable grids and tables.
 
-from backdoorlab.benchmark.card import Card
-from backdoorlab.benchmark.engine import Engine, LocalEngine
-from backdoorlab.benchmark.grid import Grid, GridReport, Stage, plan, run_grid
-from backdoorlab.benchmark.remote import RemoteStore, open_store
-from backdoorlab.benchmark.results import Refusal, Results, rows, table
-from backdoorlab.benchmark.runner import Runner
-from backdoorlab.benchmark.spec import Experiment, MethodSpec, attack_key, defense_key
-from backdoorlab.benchmark.store import Store, StoredRun
+Names are imported when they are first used: tables and cards are read without loading torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from backdoorlab.benchmark.artifact import StoredRun
+    from backdoorlab.benchmark.card import Card
+    from backdoorlab.benchmark.engine import Engine, LocalEngine
+    from backdoorlab.benchmark.grid import Grid, GridReport, Stage, plan, run_grid
+    from backdoorlab.benchmark.remote import RemoteStore, open_store
+    from backdoorlab.benchmark.results import Refusal, Results, rows, table
+    from backdoorlab.benchmark.runner import Runner
+    from backdoorlab.benchmark.spec import Experiment, MethodSpec, attack_key, defense_key
+    from backdoorlab.benchmark.store import Store
 
 __all__ = [
     "Card",
@@ -32,3 +40,27 @@ __all__ = [
     "run_grid",
     "table",
 ]
+
+_HOME = {
+    name: module
+    for module, names in {
+        "artifact": ("StoredRun",),
+        "card": ("Card",),
+        "engine": ("Engine", "LocalEngine"),
+        "grid": ("Grid", "GridReport", "Stage", "plan", "run_grid"),
+        "remote": ("RemoteStore", "open_store"),
+        "results": ("Refusal", "Results", "rows", "table"),
+        "runner": ("Runner",),
+        "spec": ("Experiment", "MethodSpec", "attack_key", "defense_key"),
+        "store": ("Store",),
+    }.items()
+    for name in names
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = found
+    return found

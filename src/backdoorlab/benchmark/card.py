@@ -7,17 +7,29 @@ this file as ``card.schema.json``, so that other programs can read cards without
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from backdoorlab.benchmark.spec import Experiment, canonical, jsonable
+from backdoorlab.core.canonical import dump_canonical, jsonable
 from backdoorlab.core.errors import ArtifactError
 
-SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    from backdoorlab.benchmark.spec import Experiment
+
+SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).with_name("card.schema.json")
 
 METRICS = (
@@ -25,13 +37,19 @@ METRICS = (
 )  # fmt: skip
 """Keys that every card of a run has, null where they mean nothing."""
 
+_SINCE_2 = ("modality", "changed")
+_PARSED = "values that come from a parsed file"
+"""Context of a validation that need not turn tensors and tuples into plain values."""
+
 
 class Card(BaseModel):
     """One run of one stage."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = Field(1, description="version of this format")
+    schema_version: Literal[1, 2] = Field(
+        2, description="version of this format; 1 lacks the fields modality and changed"
+    )
     stage: Literal["benign", "attack", "defense", "asset"] = Field(description="what was run")
     key: str = Field(pattern="^[0-9a-f]{20}$", description="hash of the resolved spec")
     status: Literal["ok", "failed", "not_applicable"]
@@ -39,6 +57,10 @@ class Card(BaseModel):
     spec: dict[str, Any] = Field(description="the experiment with all defaults resolved")
     metrics: dict[str, Any] = Field(description="numbers; missing ones are null")
     null_reasons: dict[str, str] = Field(description="for every metric that is or contains null: why")
+    modality: str | None = Field(None, description="of the data, such as image; null on cards of version 1 and assets")
+    changed: dict[str, list[str]] | None = Field(
+        None, description="for the attack and the defense, the hyper-parameters that differed from their defaults"
+    )
     notes: dict[str, Any] = Field(default_factory=dict, description="facts that a method states about its run")
     seconds: dict[str, float] = Field(description="wall time of each part of the run")
     peak_memory_mb: float | None = Field(description="high-water mark of the process's resident memory, in MB")
@@ -56,7 +78,9 @@ class Card(BaseModel):
 
     @field_validator("metrics", "notes", "spec", "seconds", "hardware", mode="before")
     @classmethod
-    def _plain(cls, value: Any) -> Any:
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.context == _PARSED:
+            return value
         value = jsonable(value)
         where = _not_finite(value)
         if where is not None:
@@ -81,6 +105,8 @@ class Card(BaseModel):
 
     def experiment(self) -> Experiment:
         """What was run."""
+        from backdoorlab.benchmark.spec import Experiment
+
         return Experiment.from_json(self.spec)
 
     def sealed(self, digests: Mapping[str, str]) -> Card:
@@ -90,11 +116,16 @@ class Card(BaseModel):
 
     def own_digest(self) -> str:
         """Hash of the card's content without the field ``digest``."""
-        return hashlib.sha256(canonical(self.model_dump(exclude={"digest"})).encode()).hexdigest()
+        return record_digest(self.record())
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values, with the fields that its version has."""
+        newer = () if self.schema_version > 1 else _SINCE_2
+        return {k: v for k, v in self.model_dump().items() if k not in newer}
 
     def to_json(self) -> str:
         """As text, one field a line."""
-        return self.model_dump_json(indent=2) + "\n"
+        return json.dumps(self.record(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "card") -> Card:
@@ -103,12 +134,42 @@ class Card(BaseModel):
         Raises:
             ArtifactError: one line naming the file and what is wrong with it.
         """
+        return cls.from_record(parse_record(text, where)[0], where)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], where: str = "card") -> Card:
+        """Inverse of :meth:`record`, for the object that :func:`parse_record` found.
+
+        Raises:
+            ArtifactError: as :meth:`from_json`.
+        """
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate(record, context=_PARSED)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "content"
             raise ArtifactError(f"{where}: not a valid result card ({field}: {first['msg']})") from None
+
+
+def parse_record(text: str | bytes, where: str = "card") -> tuple[dict[str, Any], str]:
+    """The JSON object of a card's file, all numbers of which are finite, and its hash without the field ``digest``.
+
+    Raises:
+        ArtifactError: one line naming the file and what is wrong with it.
+    """
+    try:
+        record = json.loads(text, parse_constant=_no_number)
+        if not isinstance(record, dict):
+            raise ValueError("expected an object")
+        return record, record_digest(record)
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ArtifactError(f"{where}: not a valid result card (not JSON: {what})") from None
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """Hash of a card's JSON object without the field ``digest``."""
+    return hashlib.sha256(dump_canonical({k: v for k, v in record.items() if k != "digest"}).encode()).hexdigest()
 
 
 def complete(
@@ -130,6 +191,10 @@ def complete(
 def schema() -> dict[str, Any]:
     """JSON schema of a card, as published in ``card.schema.json``."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Card.model_json_schema()
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a finite number")
 
 
 def _has_null(value: Any) -> bool:

@@ -14,15 +14,15 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import fsspec
-import platformdirs
-from torch import Tensor
-
+from backdoorlab.benchmark.artifact import StoredRun, UnreadableRun
 from backdoorlab.benchmark.card import Card
-from backdoorlab.benchmark.store import STAGES, Store, StoredRun, StoreError
+from backdoorlab.benchmark.store import STAGES, Store, StoreError
 from backdoorlab.core.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def open_store(where: str | Path) -> Store:
@@ -42,10 +42,13 @@ class RemoteStore(Store):
     """
 
     def __init__(self, url: str, mirror: str | Path | None = None) -> None:
+        import fsspec
+        import platformdirs
+
         self.url = url.rstrip("/")
         try:
             self.files, base = fsspec.core.url_to_fs(self.url)
-        except (ValueError, ImportError) as error:
+        except Exception as error:  # every file system has exceptions of its own: no such bucket, host, credentials
             raise StoreError(f"cannot use {url} as a store: {error}") from None
         self.base = PurePosixPath(base)
         name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
@@ -56,11 +59,15 @@ class RemoteStore(Store):
         return super().has(stage, key) or self._fetch(stage, key)
 
     def runs(self, *stages: str) -> list[StoredRun]:
-        """All runs, fetched where the mirror lacks them."""
+        """All runs, fetched where the mirror lacks them; one that cannot be fetched does not hide the others."""
+        broken = []
         for stage in stages or STAGES:
             for key in self._remote_keys(stage):
-                self.has(stage, key)
-        return super().runs(*stages)
+                try:
+                    self.has(stage, key)
+                except ArtifactError as error:
+                    broken.append(UnreadableRun(stage, key, self.root / stage / key, str(error)))
+        return [*broken, *super().runs(*stages)]
 
     def save(
         self,

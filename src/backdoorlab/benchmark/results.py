@@ -1,11 +1,13 @@
 """Tables over many cards: an in-memory DuckDB table ``runs`` with one row per run, and means over seeds.
 
-A run that cannot be read (torn, tampered with, of another schema) is left out and listed in ``refusals``; it never
+A run that cannot be read (torn, tampered with, of another schema), or whose card cannot be a row of the table (a seed
+that is no 64-bit integer, two metrics that differ in case alone), is left out and listed in ``refusals``; it never
 takes the others down with it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,23 +16,56 @@ from typing import Any
 
 import duckdb
 
-from backdoorlab.attacks.base import attacks
 from backdoorlab.benchmark.card import METRICS, Card
 from backdoorlab.benchmark.store import Store
 from backdoorlab.core.errors import ArtifactError, InputError, nearest, unknown
-from backdoorlab.core.registry import Registry
-from backdoorlab.defenses.base import defenses
-from backdoorlab.metrics.statistics import bootstrap_ci
 
 DEFAULT_GROUP = ("dataset", "model", "attack", "defense")
 
-_TEXT = ("key", "stage", "status", "reason", "dataset", "model", "recipe", "attack", "defense", "attack_settings",
-         "defense_settings", "created", "command", "verdict", "targets", "parent")  # fmt: skip
-_LEADING = ("key", "stage", "status", "reason", "dataset", "size", "train_size", "model", "recipe", "attack", "defense",
-            "attack_settings", "defense_settings", "poison_rate", "target", "seed", "clean_fraction",
-            *METRICS)  # fmt: skip
+_TEXT = (
+    "key",
+    "stage",
+    "status",
+    "reason",
+    "dataset",
+    "modality",
+    "model",
+    "recipe",
+    "attack",
+    "defense",
+    "attack_settings",
+    "defense_settings",
+    "created",
+    "command",
+    "verdict",
+    "targets",
+    "parent",
+)
+_LEADING = (
+    "key",
+    "stage",
+    "status",
+    "reason",
+    "dataset",
+    "modality",
+    "size",
+    "train_size",
+    "model",
+    "recipe",
+    "attack",
+    "defense",
+    "attack_settings",
+    "defense_settings",
+    "poison_rate",
+    "target",
+    "seed",
+    "clean_fraction",
+    *METRICS,
+)
 _TRAILING = ("seconds", "peak_memory_mb", "created", "command", "parent")
 _INTEGER = ("seed", "train_size", "size", "target")
+_FIXED = frozenset((*_LEADING, *_TRAILING)) - frozenset(METRICS)
+_UNSET: Any = object()
 
 
 @dataclass(frozen=True)
@@ -49,28 +84,48 @@ class Refusal:
 class Results:
     """All cards of a store as a table.
 
-    Columns: key, stage, status, reason, dataset, size, train_size, model, recipe, attack ("benign" for none), defense
-    ("none"), attack_settings and defense_settings (those that differ from the defaults, as JSON), poison_rate, target,
-    seed, clean_fraction, every scalar metric, seconds, peak_memory_mb, created, command, parent.
+    Columns: key, stage, status, reason, dataset, modality, size, train_size, model, recipe, attack ("benign" for none),
+    defense ("none"), attack_settings and defense_settings (those that differ from the defaults of the latest run of
+    that method in the store, as JSON), poison_rate, target, seed, clean_fraction, every scalar metric, seconds,
+    peak_memory_mb, created, command, parent.
     """
 
     def __init__(self, store: Store) -> None:
         self.refusals: list[Refusal] = []
-        records = []
+        records, used = [], []
+        spelled = {name: name for name in METRICS}
         for run in store.runs():
             try:
-                records.append(flat(run.card()))
+                card = run.card()
+                record, methods = flat(card), (_Used.of(card, "attack"), _Used.of(card, "defense"))
+                for name in record.keys() - _FIXED:
+                    if spelled.setdefault(name.casefold(), name) != name:
+                        other = spelled[name.casefold()]
+                        raise ArtifactError(
+                            f"cannot be tabulated: the metrics {other!r} and {name!r} differ in case alone"
+                        )
             except ArtifactError as error:
                 self.refusals.append(Refusal(str(run.path), str(error)))
+                continue
+            records.append(record)
+            used.append(methods)
+        _set_changes(records, used)
         self.columns = _columns(records)
         self._connection = duckdb.connect(":memory:")
-        kinds = {c: "VARCHAR" if c in _TEXT else "BIGINT" if c in _INTEGER else "DOUBLE" for c in self.columns}
+        kinds = {c: _kind(c) for c in self.columns}
         self._connection.execute(f"CREATE TABLE runs ({', '.join(f'{_quoted(c)} {k}' for c, k in kinds.items())})")
         if records:
-            values = [[record.get(c) for c in self.columns] for record in records]
-            self._connection.begin()  # one transaction: several times faster
-            self._connection.executemany(f"INSERT INTO runs VALUES ({', '.join('?' * len(self.columns))})", values)
-            self._connection.commit()
+            self._fill(records, kinds)
+
+    def _fill(self, records: list[dict[str, Any]], kinds: dict[str, str]) -> None:
+        """All rows in one statement; what is the same in all of them travels once."""
+        shown, values = [], []
+        for column, kind in kinds.items():
+            found = [record.get(column) for record in records]
+            same = column != "key" and found.count(found[0]) == len(found)
+            shown.append(f"?::{kind}" if same else f"unnest(?::{kind}[])")
+            values.append(found[0] if same else found)
+        self._connection.execute(f"INSERT INTO runs SELECT {', '.join(shown)}", values)
 
     def sql(self, query: str) -> list[dict[str, Any]]:
         """Any query over the table ``runs``.
@@ -127,24 +182,53 @@ def table(store: Store, group_by: Sequence[str] = DEFAULT_GROUP, metric: str = "
 
 
 def flat(card: Card) -> dict[str, Any]:
-    """A card as one row of scalars."""
-    spec, dataset = card.spec, card.spec["task"]["dataset"]
-    attack, defense = spec["attack"] or {}, spec["defense"] or {}
+    """A card as one row of scalars; its settings are those that differ from the defaults that the run had.
+
+    Raises:
+        ArtifactError: if it lacks what every run has, or has a value that the column's type cannot hold.
+    """
+    try:
+        record = _flat(card)
+    except KeyError as error:
+        raise ArtifactError(f"cannot be tabulated: its spec or metrics lack {error}") from None
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise ArtifactError(f"cannot be tabulated: {error}") from None
+    for column, value in record.items():
+        if value is None:
+            continue
+        kind = _kind(column)
+        if kind == "VARCHAR":
+            fits = isinstance(value, str) and "\0" not in value
+        elif kind == "BIGINT":
+            fits = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+        else:
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**1023
+        if not fits:
+            raise ArtifactError(f"cannot be tabulated: {column} must be {_WORDS[kind]}, got {str(value)[:60]!r}")
+    return record
+
+
+def _flat(card: Card) -> dict[str, Any]:
+    spec, task = card.spec, card.spec["task"]
+    dataset, attack, defense = task["dataset"], spec["attack"] or {}, spec["defense"] or {}
+    settings = attack.get("settings", {})
     record = {
         "key": card.key,
         "stage": card.stage,
         "status": card.status,
         "reason": card.reason,
-        **{k: dataset.get(k) for k in ("size", "train_size")},
+        "size": dataset.get("size"),
+        "train_size": dataset.get("train_size"),
         "dataset": dataset["name"],
-        "model": spec["task"]["model"],
-        "recipe": spec["task"]["recipe"],
-        "attack": attack.get("name", "benign"),
-        "defense": defense.get("name", "none"),
-        "attack_settings": _changed(attacks, attack),
-        "defense_settings": _changed(defenses, defense),
-        "poison_rate": attack.get("settings", {}).get("poison_rate"),
-        "target": attack.get("settings", {}).get("target"),
+        "modality": card.modality,
+        "model": task["model"],
+        "recipe": task["recipe"],
+        "attack": attack["name"] if attack else "benign",
+        "defense": defense["name"] if defense else "none",
+        "attack_settings": "{}",
+        "defense_settings": "{}",
+        "poison_rate": settings.get("poison_rate") or card.notes.get("effective_rate"),
+        "target": settings.get("target"),
         "seed": spec["seed"],
         "clean_fraction": spec["clean_fraction"],
         "seconds": sum(card.seconds.values()),
@@ -153,7 +237,12 @@ def flat(card: Card) -> dict[str, Any]:
         "command": card.command,
         "parent": card.parents[0] if card.parents else None,
     }
+    for method in (_Used.of(card, kind) for kind in ("attack", "defense")):
+        if method is not None:
+            record[f"{method.kind}_settings"] = method.unlike({} if method.changed is None else method.kept())
     for name, value in card.metrics.items():
+        if name in _FIXED or name.casefold() in _FIXED or not name.strip() or "\0" in name:
+            raise ValueError(f"a metric cannot be called {name!r}")
         if isinstance(value, (bool, int, float)) or value is None:
             record[name] = value if value is None else float(value)
         elif name in ("verdict", "targets"):
@@ -161,15 +250,69 @@ def flat(card: Card) -> dict[str, Any]:
     return record
 
 
-def _changed(registry: Registry[Any], method: dict[str, Any]) -> str:
-    """Settings that differ from the method's defaults, as JSON; all of them if the method is not installed here."""
-    if not method:
-        return "{}"
-    found = method["settings"]
-    if method["name"] in registry.names():
-        defaults = {p.name: json.loads(json.dumps(p.default)) for p in registry.get(method["name"]).parameters()}
-        found = {k: v for k, v in found.items() if k not in defaults or defaults[k] != v}
-    return json.dumps(found, sort_keys=True)
+@dataclass(frozen=True)
+class _Used:
+    """A method of a run: its settings, and which of them were not its defaults (None: the card does not say)."""
+
+    kind: str
+    name: str
+    modality: str | None
+    settings: dict[str, Any]
+    changed: list[str] | None
+
+    @classmethod
+    def of(cls, card: Card, kind: str) -> _Used | None:
+        method = card.spec[kind]
+        if not method:
+            return None
+        changed = None if card.changed is None else card.changed.get(kind, [])
+        return cls(kind, method["name"], card.modality, dict(method["settings"].items()), changed)
+
+    def kept(self) -> dict[str, Any]:
+        """Those that had their default value."""
+        return {k: v for k, v in self.settings.items() if k not in (self.changed or ())}
+
+    def unlike(self, defaults: dict[str, Any]) -> str:
+        """Those that differ from these defaults, or are not among them, as JSON."""
+        return json.dumps({k: v for k, v in self.settings.items() if defaults.get(k, _UNSET) != v}, sort_keys=True)
+
+
+def _set_changes(records: list[dict[str, Any]], used: Sequence[tuple[_Used | None, ...]]) -> None:
+    """Compare the settings of all runs of a method with the same defaults: the latest ones that a run was made with.
+
+    Runs from before and after a change of a default thus differ in the table. Cards of version 1 do not say what their
+    defaults were; those of the method as it is installed here are taken, and all settings are shown if it is not.
+    """
+    latest: dict[tuple[str, str, str | None], dict[str, Any]] = {}
+    for method in (m for methods in used for m in methods if m is not None and m.changed is not None):
+        latest.setdefault((method.kind, method.name, method.modality), {}).update(method.kept())
+    for record, methods in zip(records, used, strict=True):
+        for method in (m for m in methods if m is not None):
+            known = (
+                _installed_defaults(method.kind, method.name)
+                if method.changed is None
+                else latest[method.kind, method.name, method.modality]
+            )
+            record[f"{method.kind}_settings"] = method.unlike(known)
+
+
+@functools.cache
+def _installed_defaults(kind: str, name: str) -> dict[str, Any]:
+    """Defaults of a method of this installation; empty if it has none of that name. Imports all methods."""
+    from backdoorlab.attacks.base import attacks
+    from backdoorlab.defenses.base import defenses
+
+    registry: Any = attacks if kind == "attack" else defenses
+    if name not in registry.names():
+        return {}
+    return {p.name: json.loads(json.dumps(p.default)) for p in registry.get(name).parameters()}
+
+
+_WORDS = {"VARCHAR": "text", "BIGINT": "a 64-bit integer", "DOUBLE": "a finite number"}
+
+
+def _kind(column: str) -> str:
+    return "VARCHAR" if column in _TEXT else "BIGINT" if column in _INTEGER else "DOUBLE"
 
 
 def _columns(records: list[dict[str, Any]]) -> list[str]:
@@ -178,6 +321,8 @@ def _columns(records: list[dict[str, Any]]) -> list[str]:
 
 
 def _summed(record: dict[str, Any]) -> dict[str, Any]:
+    from backdoorlab.metrics.statistics import bootstrap_ci
+
     values = record.pop("found") or []
     interval = bootstrap_ci(values)
     return {k: v for k, v in record.items() if k != "missing"} | {

@@ -23,7 +23,16 @@ from backdoorlab.benchmark.card import Card
 from backdoorlab.benchmark.commands import attack_command, defense_command
 from backdoorlab.benchmark.evaluate import Outcome, Victim, clean_indices, evaluate, finish
 from backdoorlab.benchmark.meter import Meter, environment
-from backdoorlab.benchmark.spec import Experiment, MethodSpec, build_attack, build_defense, resolve, stage_key
+from backdoorlab.benchmark.spec import (
+    Experiment,
+    MethodSpec,
+    build_attack,
+    build_defense,
+    changed_settings,
+    modality_name,
+    resolve,
+    stage_key,
+)
 from backdoorlab.benchmark.store import OwnAssets, Store, StoredRun
 from backdoorlab.core.errors import ArtifactError, BackdoorLabError, InputError, NotApplicable
 from backdoorlab.core.seeding import derive_seed
@@ -90,14 +99,17 @@ class Runner:
             InputError: if the experiment cannot be run as it is written; nothing is stored.
         """
         experiment = experiment.undefended()
-        task, attack = self.task(experiment.task), build_attack(experiment, self.task(experiment.task))
-        ctx = self._context(experiment, "attack")
+        task = self.task(experiment.task)
+        spec = resolve(experiment, task)
+        stage = "attack" if experiment.attack else "benign"
+        if not fresh and (stored := self._stored(stage, stage_key(spec))):
+            return stored
+        attack, ctx = build_attack(experiment, task), self._context(experiment, "attack")
 
         def work(meter: Meter) -> Outcome:
             return self._benign(task, ctx, meter) if attack is None else self._plant(attack.plant, task, ctx, meter)
 
-        stage = "benign" if attack is None else "attack"
-        return self._stage(stage, experiment, task, work, [], attack_command(experiment, task), fresh)
+        return self._stage(stage, experiment, spec, task, work, [], attack_command(experiment, task), fresh)
 
     def defense(self, experiment: Experiment, *, fresh: bool = False) -> Card:
         """Run the stage that the defense stands on if it is missing, then the defense; measure and store.
@@ -110,11 +122,15 @@ class Runner:
             InputError: as :meth:`attack`.
         """
         task = self.task(experiment.task)
-        defense = build_defense(experiment, task)
-        if defense is None:
+        if experiment.defense is None:
             raise InputError("this experiment has no defense; use Runner.attack")
+        spec = resolve(experiment, task)
+        if not fresh and (stored := self._stored("defense", stage_key(spec))):
+            return stored
+        defense = build_defense(experiment, task)
+        assert defense is not None
         before = self.attack(experiment)
-        filled = Experiment.from_json(resolve(experiment, task))
+        filled = Experiment.from_json(spec)
 
         def work(meter: Meter) -> Outcome:
             if before.status != "ok":
@@ -124,18 +140,19 @@ class Runner:
                 victim = self._victim(before, task)
             rows = clean_indices(task.train.labels, task.num_classes, filled.clean_fraction or 0.0, experiment.seed)
             retraining = self._context(experiment, "retrain") if filled.retrain else None
-            outcome = evaluate(
-                defense, victim, task.train[rows], self._context(experiment, "defense"), retraining, meter
-            )
+            ctx = self._context(experiment, "defense")
+            outcome = evaluate(defense, victim, task.train[rows], ctx, retraining, meter)
             outcome.tensors["clean"] = {"indices": rows}
             outcome.metrics["n_defender"] = len(rows)
             if getattr(getattr(victim.backdoor, "poison", None), "replay", False) and defense.needs_poisoned_data:
                 outcome.notes["replay"] = True
+            if told := [*ctx.warnings, *(retraining.warnings if retraining else ())]:
+                outcome.notes["warnings"] = told
             outcome.metrics, outcome.reasons = finish(outcome.metrics, outcome.reasons, victim)
             return outcome
 
         command = defense_command(experiment, task, before.key)
-        return self._stage("defense", experiment, task, work, [before.id], command, fresh)
+        return self._stage("defense", experiment, spec, task, work, [before.id], command, fresh)
 
     def keep_asset(self, kind: str, given: str | Path) -> str:
         """Copy a user's file into the store, so that runs made with it can be repeated without it.
@@ -166,7 +183,8 @@ class Runner:
         task = self.task(card.experiment().task)
         if resolve(card.experiment(), task)["resolved"]["data"] != card.spec["resolved"]["data"]:
             raise ArtifactError(f"{found.id} was made from other data than {task.dataset.name} holds now")
-        return task, worlds.restore_backdoor((found.all_tensors(), found.record()), self.device)
+        with found.rebuilding():
+            return task, worlds.restore_backdoor((found.all_tensors(), found.record()), self.device)
 
     def load_model(self, run: Card | StoredRun | str) -> Classifier:
         """The model of a stored run: victim, benign, repaired, trained or retrained.
@@ -179,9 +197,10 @@ class Runner:
         if "model.safetensors" not in card.digests:
             raise InputError(f"{found.id} left the model as it was; load {card.parents[0]} instead")
         record = found.record()
-        if "backdoor" in record:
-            return worlds.restore_backdoor((found.all_tensors(), record), self.device).model
-        return worlds.load_model(({"model": found.tensors("model")}, record), self.device)
+        with found.rebuilding():
+            if "backdoor" in record:
+                return worlds.restore_backdoor((found.all_tensors(), record), self.device).model
+            return worlds.load_model(({"model": found.tensors("model")}, record), self.device)
 
     def experiment_on(self, run: Card | StoredRun | str, defense: MethodSpec) -> Experiment:
         """The experiment that applies a defense to a stored attack or benign model (or to that behind a defense)."""
@@ -224,7 +243,8 @@ class Runner:
         reasons |= {
             k: measured.get(f"{k}_note", "no test samples to measure it on") for k in ("asr", "ra") if k in reasons
         }
-        notes = dict(planted.notes) | seen | ({"warnings": list(ctx.warnings)} if ctx.warnings else {})
+        told = {"warnings": list(ctx.warnings)} if ctx.warnings else {}
+        notes = dict(planted.notes) | planted.log.notes() | seen | told
         if getattr(getattr(planted, "poison", None), "replay", False):
             notes["replay"] = True
         return Outcome(metrics, reasons, tensors, record, planted.log.rows(), notes)
@@ -239,36 +259,45 @@ class Runner:
             else:
                 measured = worlds.measure_benign(task, worlds.load_model((tensors, record), self.device))
         metrics, reasons = finish(measured, {}, None)
-        return Outcome(metrics, reasons, tensors, record, log.rows())
+        told = {"warnings": list(ctx.warnings)} if ctx.warnings else {}
+        return Outcome(metrics, reasons, tensors, record, log.rows(), log.notes() | told)
 
     def _victim(self, before: Card, task: Task) -> Victim:
         run = self.store.run(before.stage, before.key)
         tensors, record = run.all_tensors(), run.record()
-        backdoor = worlds.restore_backdoor((tensors, record), self.device) if "backdoor" in record else None
-        model = backdoor.model if backdoor else worlds.load_model((tensors, record), self.device)
+        with run.rebuilding():
+            backdoor = worlds.restore_backdoor((tensors, record), self.device) if "backdoor" in record else None
+            model = backdoor.model if backdoor else worlds.load_model((tensors, record), self.device)
         measuring = Context(derive_seed(before.spec["seed"], "attack"), self.device, self.reporter, self._assets)
         return Victim(task, model, backdoor, before.stage == "attack", before.metrics, measuring.child("measure"))
+
+    def _stored(self, stage: str, key: str) -> Card | None:
+        """The card of a run that need not be repeated; no lock is taken, so that it may be anybody's to write."""
+        run = self.store.run(stage, key)
+        card = run.card() if self.store.has(stage, key) else None
+        self.reused = card is not None and card.status in DONE
+        if card is None or not self.reused:
+            return None
+        self.reporter.note(f"{run.id} is in the store already ({card.status})")
+        return card
 
     def _stage(
         self,
         stage: str,
         experiment: Experiment,
+        spec: dict[str, Any],
         task: Task,
         work: Callable[[Meter], Outcome],
         parents: list[str],
         command: str,
         fresh: bool,
     ) -> Card:
-        """Do the work of a key unless it is done, and store what came of it."""
-        spec = resolve(experiment, task)
+        """Do the work of a key unless another process did it meanwhile, and store what came of it."""
         key = stage_key(spec)
-        run = self.store.run(stage, key)
         with self.store.lock(stage, key, self.reporter):
-            stored = run.card() if self.store.has(stage, key) and not fresh else None
-            self.reused = stored is not None and stored.status in DONE
-            if stored is not None and self.reused:
-                self.reporter.note(f"{run.id} is in the store already ({stored.status})")
+            if not fresh and (stored := self._stored(stage, key)):
                 return stored
+            self.reused = False
             meter, reason, status = Meter(self.device), None, "ok"
             try:
                 outcome = work(meter)
@@ -281,6 +310,7 @@ class Runner:
             card = Card.model_validate(
                 {"stage": stage, "key": key, "status": status, "reason": reason, "spec": spec, "parents": parents}
                 | {"metrics": outcome.metrics, "null_reasons": outcome.reasons, "notes": outcome.notes}
+                | {"modality": modality_name(task), "changed": changed_settings(experiment, task)}
                 | {"command": command} | meter.fields() | environment(self.device)
             )  # fmt: skip
             return self.store.save(card, outcome.tensors, outcome.record, outcome.log).card()

@@ -1,8 +1,8 @@
 """What is run: experiments as JSON, resolved against a loaded task, and the keys under which results are kept.
 
 A key is the hash of everything that a result depends on: the data (by content), the architecture, the recipe field by
-field, each method's hyper-parameters with defaults filled in (files by content), the text of the method's file, the
-seed, and :data:`CONTRACT`, which is raised whenever shared code (training loop, measuring) starts to give others.
+field, each method's hyper-parameters with defaults filled in (files by content), the syntax tree of the method's file,
+the seed, and :data:`CONTRACT`, which is raised whenever shared code (training loop, measuring) starts to give others.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from backdoorlab.attacks.base import Attack, attacks
+from backdoorlab.benchmark.worlds import recipe_changes
+from backdoorlab.core.canonical import MAX_SEED, canonical, jsonable
 from backdoorlab.core.errors import InputError, nearest
+from backdoorlab.core.excerpt import shown
 from backdoorlab.core.method import Method
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import Split
 from backdoorlab.defenses.base import Defense, defenses
 from backdoorlab.training.task import Task, TaskSpec
 
-CONTRACT = 1
+CONTRACT = 2
 """Version of everything between a spec and its numbers that is not a method's own file."""
 
 _TAKES_CLEAN = ("repair", "input", "model")
@@ -57,7 +59,12 @@ class MethodSpec:
     def from_json(cls, record: Mapping[str, Any]) -> MethodSpec:
         """Inverse of :meth:`to_json`; "code" and "files" of a resolved spec are left out."""
         _known("method", record, ("name", "settings", "assets", "code", "files"))
-        return cls(str(record["name"]), dict(record.get("settings", {})), dict(record.get("assets", {})))
+        settings, assets = record.get("settings", {}), record.get("assets", {})
+        for what, values in (("settings", settings), ("assets", assets)):
+            _expect_mapping(f"{what} of a method", values)
+        if not isinstance(record.get("name"), str):
+            raise InputError(f"the name of a method must be text, got {shown(record.get('name'))}")
+        return cls(record["name"], dict(settings), {kind: str(key) for kind, key in assets.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +75,7 @@ class Experiment:
         task: data, architecture and recipe.
         attack: None for the benign model.
         defense: None for the undefended row.
-        seed: all randomness of the attack, the defense and the defender's clean samples derives from it.
+        seed: all randomness of the attack, the defense and the defender's clean samples derives from it; 0 to 2^63 - 1.
         clean_fraction: share of the clean training set that the defender owns; None takes the defense's own default.
         retrain: after a dataset defense, train a fresh model on the samples that it kept.
     """
@@ -81,6 +88,18 @@ class Experiment:
     retrain: bool = True
 
     def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            InputError: naming the one that is of the wrong type or out of range.
+        """
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
+            raise InputError(f"seed must be an integer from 0 to {MAX_SEED}, got {shown(self.seed)}")
+        share = self.clean_fraction
+        if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float))):
+            raise InputError(f"clean_fraction must be a number, got {shown(share)}")
+        if not isinstance(self.retrain, bool):
+            raise InputError(f"retrain must be true or false, got {shown(self.retrain)}")
         if self.clean_fraction is not None and not 0 <= self.clean_fraction <= 1:
             raise InputError(f"clean_fraction must be >= 0 and <= 1, got {self.clean_fraction!r}")
 
@@ -104,7 +123,7 @@ class Experiment:
         """Inverse of :meth:`to_json`; also reads the ``spec`` of a card.
 
         Raises:
-            InputError: for a field that does not exist (with the nearest one).
+            InputError: for a field that does not exist (with the nearest one), or a value of the wrong type.
         """
         _known("experiment", record, [f.name for f in dataclasses.fields(cls)] + ["resolved"])
         attack, defense = (MethodSpec.from_json(record[k]) if record.get(k) else None for k in ("attack", "defense"))
@@ -116,12 +135,17 @@ def task_spec(record: Mapping[str, Any]) -> TaskSpec:
     """A task spec from JSON values.
 
     Raises:
-        InputError: for a field that does not exist.
+        InputError: for a field that does not exist, or a value of the wrong type.
     """
     _known("task", record, [f.name for f in dataclasses.fields(TaskSpec)])
     dataset = record.get("dataset", {})
     _known("dataset", dataset, [f.name for f in dataclasses.fields(DatasetSpec)])
-    changes: Any = tuple((str(k), tuple(v) if isinstance(v, list) else v) for k, v in record.get("recipe_changes", ()))
+    try:
+        given = dict(record.get("recipe_changes", ()))
+    except (TypeError, ValueError):
+        raise InputError(f"recipe_changes must be pairs of a field and a value, got {shown(record)}") from None
+    kind = record.get("kind", "classifier")
+    changes = recipe_changes(kind, given)
     rest = {k: v for k, v in record.items() if k not in ("dataset", "recipe_changes")}
     return TaskSpec(dataset=DatasetSpec(**dataset), recipe_changes=changes, **rest)
 
@@ -181,6 +205,15 @@ def resolve(experiment: Experiment, task: Task) -> dict[str, Any]:
     return filled
 
 
+def changed_settings(experiment: Experiment, task: Task) -> dict[str, list[str]]:
+    """Names of the hyper-parameters that differ from their defaults, under "attack" and "defense"."""
+    built: dict[str, Method | None] = {
+        "attack": build_attack(experiment, task),
+        "defense": build_defense(experiment, task),
+    }
+    return {kind: method.changed() for kind, method in built.items() if method is not None}
+
+
 def attack_key(experiment: Experiment, task: Task) -> str:
     """Key of the attack (or benign) stage: 20 hexadecimal digits."""
     return stage_key(resolve(experiment.undefended(), task))
@@ -208,22 +241,6 @@ def stage_key(resolved: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(spec).encode()).hexdigest()[:20]
 
 
-def canonical(record: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(jsonable(record), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def jsonable(value: Any) -> Any:
-    """Tuples as lists, mappings as dicts, numpy and 0-dim tensors as numbers."""
-    if isinstance(value, Mapping):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    if isinstance(value, (torch.Tensor, np.generic, np.ndarray)):
-        return jsonable(value.tolist())
-    return value
-
-
 def data_digest(task: Task) -> str:
     """Hash of training and test samples (kept per task), so that a changed folder never meets old results."""
     if task not in _digests:
@@ -241,7 +258,8 @@ def _split_digest(split: Split) -> bytes:
             digest.update(split.inputs[start : start + 4096].contiguous().numpy().tobytes())
     else:
         for text in split.inputs:
-            digest.update(str(text).encode() + b"\0")
+            coded = str(text).encode()
+            digest.update(len(coded).to_bytes(8, "little") + coded)  # texts may hold any character, NUL too
     return digest.digest()
 
 
@@ -253,7 +271,13 @@ def _method(method: Method | None) -> dict[str, Any] | None:
     return {"name": method.name, "settings": jsonable(method.settings()), "code": method.code_digest()} | own
 
 
-def _known(what: str, record: Mapping[str, Any], names: Any) -> None:
+def _expect_mapping(what: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{what} must be a mapping, got {shown(value)}")
+
+
+def _known(what: str, record: Any, names: Any) -> None:
+    _expect_mapping(what, record)
     for key in record:
         if key not in names:
-            raise InputError(f"{what} has no field {key!r}.{nearest(str(key), names)} It has: {', '.join(names)}")
+            raise InputError(f"{what} has no field {shown(key)}.{nearest(str(key), names)} It has: {', '.join(names)}")

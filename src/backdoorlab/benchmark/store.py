@@ -8,6 +8,10 @@ An artifact is written into a temporary folder beside its place, every file is f
 renamed: a crash at any moment leaves the whole artifact or none. ``card.json`` lists the sha256 of all other files and
 carries one of its own. Reading checks them, and refuses whatever a writer of this module would not have written
 (unknown files, links, pickles, other schema versions) with one line that names the file. Nothing is ever unpickled.
+
+Opening and reading a store changes nothing in it and needs no permission to write. What dead writers left behind is
+removed when something is written: only temporary folders that a writer of this module would have made, in the store's
+own stage folders, never through links, and only while the lock of their key is free.
 """
 
 from __future__ import annotations
@@ -22,147 +26,87 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor
 
+from backdoorlab.benchmark.artifact import StoredRun, UnreadableRun, is_litter
 from backdoorlab.benchmark.card import Card
-from backdoorlab.benchmark.meter import Meter, asset_card
 from backdoorlab.core.errors import ArtifactError, InputError, nearest
-from backdoorlab.training.context import Assets, Reporter, Silent
+from backdoorlab.core.paths import is_file, printable, reason, user_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from backdoorlab.training.context import Assets, Reporter
+
+__all__ = ["STAGES", "OwnAssets", "Store", "StoreError", "StoredAssets", "StoredRun", "UnreadableRun"]
 
 STAGES = ("benign", "attack", "defense")
-Tensors = Mapping[str, Tensor]
 
-_NAME = re.compile(r"[a-z][a-z0-9_-]*\.(safetensors|json|jsonl)")
 _KEY = re.compile(r"[0-9a-f]{20}")
+_KIND = re.compile(r"[a-z0-9-]+")
+_TEMPORARY = re.compile(r"\.tmp-(?P<key>[0-9a-f]{20})-[0-9a-f]{8}(-old)?")
 
 
 class StoreError(InputError):
     """The store cannot be written: no permission, no space, not a folder."""
 
 
-@dataclass(frozen=True)
-class StoredRun:
-    """One artifact. Everything that is read is checked against the card's digests first.
-
-    Attributes:
-        stage: "benign", "attack", "defense" or "asset/<kind>".
-        key: hash of the resolved spec.
-        path: the artifact's folder.
-    """
-
-    stage: str
-    key: str
-    path: Path
-
-    @property
-    def id(self) -> str:
-        """Such as "attack/0123456789abcdef0123"."""
-        return f"{self.stage}/{self.key}"
-
-    def card(self) -> Card:
-        """The verified card; the listed files must be there and no others.
-
-        Raises:
-            ArtifactError: missing, truncated, tampered with, foreign.
-        """
-        where = self.path / "card.json"
-        card = Card.from_json(_read(where), str(where))
-        if card.digest != card.own_digest():
-            raise ArtifactError(f"{where}: its content does not match its own digest; it was changed after the run")
-        if card.key != self.key or card.stage != self.stage.split("/")[0]:
-            raise ArtifactError(f"{where}: belongs to {card.id}, not to {self.id}; the folder was moved or renamed")
-        present = {entry.name for entry in os.scandir(self.path)}
-        for name in sorted(present - {"card.json", *card.digests}):
-            raise ArtifactError(f"{self.path / name}: a file that the artifact's card does not list")
-        for name in card.digests:
-            if not _NAME.fullmatch(name):
-                raise ArtifactError(f"{where}: lists a file {name!r} of a kind that artifacts do not have")
-            if name not in present:
-                raise ArtifactError(f"{self.path / name}: missing, although the artifact's card lists it")
-        return card
-
-    def read(self, name: str) -> bytes:
-        """Verified content of one file."""
-        card, where = self.card(), self.path / name
-        if name not in card.digests:
-            has = ", ".join(card.digests) or "no files"
-            raise ArtifactError(f"{self.id} has no {name} (status: {card.status}); it has {has}")
-        content = _read(where)
-        if hashlib.sha256(content).hexdigest() != card.digests[name]:
-            raise ArtifactError(f"{where}: checksum mismatch; the file is truncated or was changed after the run")
-        return content
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Tensors of ``name``.safetensors, on the CPU."""
-        try:
-            return load_tensors(self.read(f"{name}.safetensors"))
-        except SafetensorError as error:
-            raise ArtifactError(f"{self.path / name}.safetensors: not a safetensors file ({error})") from None
-
-    def all_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Every safetensors file by name without suffix."""
-        names = [n.removesuffix(".safetensors") for n in self.card().digests if n.endswith(".safetensors")]
-        return {name: self.tensors(name) for name in names}
-
-    def record(self) -> dict[str, Any]:
-        """What is needed, besides tensors, to rebuild the result."""
-        return dict(json.loads(self.read("record.json")))
-
-    def log(self) -> list[dict[str, Any]]:
-        """One record per epoch (or event); empty if the stage has no log."""
-        if "log.jsonl" not in self.card().digests:
-            return []
-        return [json.loads(line) for line in self.read("log.jsonl").splitlines()]
-
-    def verify(self) -> Card:
-        """Check every file; the card."""
-        card = self.card()
-        for name in card.digests:
-            self.read(name)
-        return card
-
-
 class Store:
     """A folder of artifacts that any number of processes may use at once."""
 
     def __init__(self, root: str | Path) -> None:
-        """Open or make the store.
+        """Open the store; a folder that does not exist yet is made when the first artifact is written.
 
         Raises:
-            StoreError: if the folder cannot be made or written.
+            StoreError: if it is no folder.
         """
-        self.root = Path(root).expanduser().absolute()
+        self.root = user_path(root).absolute()
+        self._cleaned = False
         try:
-            (self.root / ".locks").mkdir(parents=True, exist_ok=True)
-            probe = self.root / ".locks" / f".probe-{secrets.token_hex(4)}"
-            probe.touch()
-            probe.unlink()
+            if not self.root.is_dir() and os.path.lexists(self.root):
+                raise NotADirectoryError(20, "Not a directory")
         except OSError as error:
-            raise StoreError(f"cannot use {self.root} as a store: {error.strerror or error}") from None
-        self.clean()
+            raise StoreError(f"cannot use {printable(self.root)} as a store: {reason(error)}") from None
 
     def run(self, stage: str, key: str) -> StoredRun:
         """The artifact's handle, whether or not it exists."""
         return StoredRun(stage, key, self.root / stage / key)
 
     def has(self, stage: str, key: str) -> bool:
-        """Is there such an artifact?"""
-        return (self.root / stage / key / "card.json").exists()
+        """Is there such an artifact?
+
+        Raises:
+            ArtifactError: if the system refuses to say.
+        """
+        where = f"{self.root}/{stage}/{key}/card.json"
+        try:
+            os.lstat(where)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise ArtifactError(f"{where}: cannot be read ({reason(error)})") from None
+        return True
 
     def runs(self, *stages: str) -> list[StoredRun]:
-        """Handles of all runs (assets are not runs), unverified, oldest first."""
+        """Handles of all runs (assets are not runs), unverified, oldest first.
+
+        Raises:
+            StoreError: if a stage's folder cannot be listed.
+        """
         found = []
         for stage in stages or STAGES:
             folder = self.root / stage
-            names = [e.name for e in os.scandir(folder) if not e.name.startswith(".")] if folder.is_dir() else []
-            found += [StoredRun(stage, name, folder / name) for name in names]
-        return sorted(found, key=lambda run: (run.path.stat().st_mtime_ns, run.id))
+            for entry in _entries(folder):
+                if entry.name.startswith(".") or is_litter(entry.name):
+                    continue
+                try:
+                    changed = entry.stat(follow_symlinks=False).st_mtime_ns
+                except OSError:
+                    continue  # it was removed meanwhile
+                found.append((changed, stage, entry.name, folder))
+        return [StoredRun(stage, name, folder / name) for _, stage, name, folder in sorted(found)]
 
     def find(self, name: str | Path) -> StoredRun:
         """A run by the beginning of its key, by stage/key, or by the path of its folder.
@@ -171,8 +115,8 @@ class Store:
             InputError: if no run, or more than one, is meant.
         """
         text = str(name).rstrip("/")
-        path = Path(text).expanduser()
-        if (path / "card.json").is_file():
+        path = user_path(text)
+        if os.path.isfile(path / "card.json"):  # noqa: PTH113 - False, not an error, where it may not be looked at
             path = path.resolve()
             return StoredRun(path.parent.name, path.name, path)
         stage, _, prefix = text.rpartition("/")
@@ -195,7 +139,7 @@ class Store:
     def save(
         self,
         card: Card,
-        tensors: Mapping[str, Tensors] | None = None,
+        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
         record: Mapping[str, Any] | None = None,
         log: list[dict[str, Any]] | None = None,
         *,
@@ -214,65 +158,87 @@ class Store:
             StoreError: if it cannot be written; nothing is left behind.
         """
         run = self.run(stage or card.stage, card.key)
-        files = {f"{name}.safetensors": save_tensors(_plain(t)) for name, t in (tensors or {}).items()}
+        files = {f"{name}.safetensors": _save_tensors(t) for name, t in (tensors or {}).items()}
         if record is not None:
             files["record.json"] = _json(record, indent=2)
         if log:
             files["log.jsonl"] = b"".join(map(_json, log))
         sealed = card.sealed({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
         temporary = run.path.with_name(f".tmp-{run.key}-{secrets.token_hex(4)}")
+        old = temporary.with_name(temporary.name + "-old")
         try:
             temporary.mkdir(parents=True)
             for name, content in files.items():
                 _write(temporary / name, content)
             _write(temporary / "card.json", sealed.to_json().encode())
             _sync_folder(temporary)
-            if run.path.exists():
-                run.path.rename(temporary.with_name(temporary.name + "-old"))
+            if os.path.lexists(run.path):
+                run.path.rename(old)
             temporary.rename(run.path)
             _sync_folder(run.path.parent)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise StoreError(f"cannot write {run.path}: {error.strerror or error}") from None
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except BaseException as error:
+            if os.path.lexists(old) and not os.path.lexists(run.path):
+                old.rename(run.path)
+            _remove(temporary)
+            if isinstance(error, OSError):
+                raise StoreError(f"cannot write {run.path}: {reason(error)}") from None
             raise
-        shutil.rmtree(temporary.with_name(temporary.name + "-old"), ignore_errors=True)
+        _remove(old)
         return run
 
     @contextmanager
     def lock(self, stage: str, key: str, reporter: Reporter | None = None) -> Iterator[None]:
-        """Only one process computes a key; others wait here, then find it done. Leftovers of the dead are removed."""
-        lock = FileLock(self._lock_path(stage, key))
+        """Only one process computes a key; others wait here, then find it done. Leftovers of the dead are removed.
+
+        Raises:
+            StoreError: if the store cannot be written.
+        """
         try:
+            (self.root / ".locks").mkdir(parents=True, exist_ok=True)
+            if not self._cleaned:
+                self._cleaned = True
+                self.clean()
+            lock = FileLock(self._lock_path(stage, key))
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                (reporter or Silent()).note(f"waiting for another process that is computing {stage}/{key}")
+                if reporter is not None:
+                    reporter.note(f"waiting for another process that is computing {stage}/{key}")
                 lock.acquire()
         except OSError as error:
-            raise StoreError(f"cannot lock {stage}/{key} in {self.root}: {error.strerror or error}") from None
+            raise StoreError(f"cannot lock {stage}/{key} in {printable(self.root)}: {reason(error)}") from None
         try:
-            _remove_leftovers(self.root / stage, key)
+            for path in _leftovers(self.root / stage, key):
+                _remove(path)
             yield
         finally:
             lock.release()
 
     def clean(self) -> int:
-        """Remove temporary folders whose writer is dead (its lock is free); how many."""
+        """Remove temporary folders whose writer is dead (its lock is free); how many.
+
+        Writers do this on their own. A folder that cannot be removed, or whose lock belongs to another user, is left.
+        """
         removed = 0
-        for left in [p for depth in ("*", "asset/*") for p in self.root.glob(f"{depth}/.tmp-*")]:
-            stage, key = left.parent.relative_to(self.root).as_posix(), left.name.split("-")[1]
-            try:
-                with FileLock(self._lock_path(stage, key), timeout=0):
-                    removed += _remove_leftovers(left.parent, key)
-            except Timeout:
-                continue  # its writer is alive
+        for stage in [*STAGES, *self._asset_stages()]:
+            folder = self.root / stage
+            for key in {_temporary_key(path.name) for path in _leftovers(folder)}:
+                try:
+                    with FileLock(self._lock_path(stage, key), timeout=0):
+                        removed += sum(_remove(path) for path in _leftovers(folder, key))
+                except (Timeout, OSError):
+                    continue  # its writer is alive, or the lock is not ours to take
         return removed
+
+    def _asset_stages(self) -> list[str]:
+        folder = self.root / "asset"
+        if folder.is_symlink():
+            return []
+        return [f"asset/{e.name}" for e in _entries(folder) if _KIND.fullmatch(e.name)]
 
     def assets(self, reporter: Reporter | None = None) -> StoredAssets:
         """A cache for surrogates, encoders and generators, to be handed to a context."""
-        return StoredAssets(self, reporter or Silent())
+        return StoredAssets(self, reporter)
 
     def keep_own(self, kind: str, given: str | Path) -> str:
         """Keep a copy of a user's safetensors file as an asset; its key is a hash of its content.
@@ -280,24 +246,30 @@ class Store:
         Raises:
             InputError: if ``given`` is neither a file of that kind nor the key of a copy.
         """
-        stage, path = _own_stage(kind), Path(given).expanduser()
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        from backdoorlab.benchmark.meter import asset_card
+
+        stage, path = _own_stage(kind), user_path(given)
         if _KEY.fullmatch(str(given)) and self.has(stage, str(given)):
             return str(given)
-        if not path.is_file():
+        if not is_file(path):
             raise InputError(f"asset {kind}: no such file: {given}; expected a .safetensors file")
         try:
-            tensors = load_tensors(path.read_bytes())
+            tensors = load(path.read_bytes())
         except SafetensorError as error:
             raise InputError(
                 f"asset {kind}: {given} is not a safetensors file ({error}); pickled weights are never read"
             ) from None
         except OSError as error:
-            raise InputError(f"asset {kind}: {given} cannot be read ({error.strerror or error})") from None
-        plain = _plain(tensors)
-        card = asset_card(f"own {kind}", {"sha256": hashlib.sha256(save_tensors(plain)).hexdigest()})
+            raise InputError(f"asset {kind}: {given} cannot be read ({reason(error)})") from None
+        card = asset_card(f"own {kind}", {"sha256": hashlib.sha256(_save_tensors(tensors)).hexdigest()})
+        if self.has(stage, card.key):
+            return card.key
         with self.lock(stage, card.key):
             if not self.has(stage, card.key):
-                self.save(card.model_copy(update={"command": "(brought by the user)"}), {"asset": plain}, stage=stage)
+                self.save(card.model_copy(update={"command": "(brought by the user)"}), {"asset": tensors}, stage=stage)
         return card.key
 
     def own(self, kind: str, key: str) -> dict[str, Tensor]:
@@ -318,14 +290,18 @@ class Store:
 class StoredAssets:
     """Fulfils :class:`~backdoorlab.training.context.Assets` with ``asset/<kind>/<key>`` artifacts."""
 
-    def __init__(self, store: Store, reporter: Reporter) -> None:
+    def __init__(self, store: Store, reporter: Reporter | None) -> None:
         self.store, self.reporter = store, reporter
 
     def get(self, kind: str, spec: Mapping[str, Any], build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What was stored for (kind, spec), or build, store and return it; the same bits either way."""
+        from backdoorlab.benchmark.meter import Meter, asset_card
+
         card = asset_card(kind, spec)
         stage = _asset_stage(kind)
         run = self.store.run(stage, card.key)
+        if self.store.has(stage, card.key):
+            return run.tensors("asset")
         with self.store.lock(stage, card.key, self.reporter):
             if not self.store.has(stage, card.key):
                 meter = Meter()
@@ -355,7 +331,7 @@ class OwnAssets:
         """
         if kind in self.own:
             return dict(self.own[kind])
-        marks = {k: hashlib.sha256(save_tensors(_plain(t))).hexdigest()[:20] for k, t in sorted(self.own.items())}
+        marks = {k: hashlib.sha256(_save_tensors(t)).hexdigest()[:20] for k, t in sorted(self.own.items())}
         return self.cache.get(kind, {**spec, "own files": marks} if marks else spec, build)
 
 
@@ -367,9 +343,11 @@ def _own_stage(kind: str) -> str:
     return _asset_stage(f"own-{kind}")
 
 
-def _plain(tensors: Tensors) -> dict[str, Tensor]:
-    """CPU copies that own their memory, as safetensors wants them."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+def _save_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """As a safetensors file; it wants CPU tensors that own their memory."""
+    from safetensors.torch import save
+
+    return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
 
 
 def _json(record: Any, indent: int | None = None) -> bytes:
@@ -393,19 +371,32 @@ def _sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
-def _read(path: Path) -> bytes:
-    if path.is_symlink() or not path.is_file():
-        what = "a link" if path.is_symlink() else "missing" if not path.exists() else "not a file"
-        raise ArtifactError(f"{path}: {what}; an artifact consists of plain files")
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder; nothing if there is none."""
     try:
-        return path.read_bytes()
+        with os.scandir(folder) as found:
+            return list(found)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise StoreError(f"cannot read {printable(folder)}: {reason(error)}") from None
 
 
-def _remove_leftovers(folder: Path, key: str) -> int:
-    """Remove temporary folders of a key whose lock we hold."""
-    found = list(folder.glob(f".tmp-{key}-*"))
-    for path in found:
-        shutil.rmtree(path, ignore_errors=True)
-    return len(found)
+def _leftovers(folder: Path, key: str | None = None) -> list[Path]:
+    """Temporary folders in a stage's folder (of one key); none if that folder is a link."""
+    if folder.is_symlink():
+        return []
+    names = [e.name for e in _entries(folder) if _TEMPORARY.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    return [folder / name for name in names if key in (None, _temporary_key(name))]
+
+
+def _temporary_key(name: str) -> str:
+    found = _TEMPORARY.fullmatch(name)
+    assert found is not None
+    return found["key"]
+
+
+def _remove(path: Path) -> bool:
+    """Remove a folder and what is in it, as far as the system allows; is it gone?"""
+    shutil.rmtree(path, ignore_errors=True)
+    return not os.path.lexists(path)

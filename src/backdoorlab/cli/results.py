@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import sys
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.table import Table
-from rich.text import Text
 
 from backdoorlab.cli import options as opt
-from backdoorlab.cli.console import complain, number, out, print_json
+from backdoorlab.cli.console import complain, number, out, print_csv, print_json, shown
 from backdoorlab.core.errors import InputError
+from backdoorlab.core.foreign import visible
 
 _SHOWN = (
     "key",
@@ -33,6 +32,9 @@ _SHOWN = (
 
 _FOLDED = ("dataset", "model", "seed")
 """Columns that are told once, above the table, if all rows agree."""
+
+_MANY = 200
+"""Rows above which the table is plain text: fitting a table to the window takes a millisecond per row."""
 
 
 def register(app: typer.Typer) -> None:
@@ -63,48 +65,81 @@ def results_command(
     """
     if as_json and as_csv:
         raise InputError("--json and --csv exclude each other; give one of them")
-    path = opt.existing_store(store)
-    from backdoorlab.benchmark import Results, Store
-    from backdoorlab.benchmark.results import DEFAULT_GROUP
+    columns = _columns(group_by)
+    opened = opt.existing_store(store)
+    from backdoorlab.benchmark.results import DEFAULT_GROUP, Results
 
-    found = Results(Store(path))
-    grouped = group_by is not None or metric is not None
-    columns: tuple[str, ...] = DEFAULT_GROUP
-    if group_by is not None:
-        columns = tuple(part.strip() for part in group_by.split(",") if part.strip())
-        if not columns:
-            raise InputError(f"--group-by: expected column names such as attack,defense, got {group_by!r}")
-    rows = found.table(metric or "asr", columns) if grouped else found.rows()
+    found = Results(opened)
+    grouped, mean = group_by is not None or metric is not None, "asr" if metric is None else metric
+    rows = found.table(mean, columns or DEFAULT_GROUP) if grouped else found.rows()
     for refusal in found.refusals:
-        complain(f"{refusal.path}: {refusal.reason}", label="left out: ")
+        reason = refusal.reason
+        complain(reason if refusal.path in reason else f"{refusal.path}: {reason}", label="left out: ")
     if as_json:
         print_json(rows)
     elif as_csv:
         _print_csv(rows)
     elif not rows:
-        out.print(f"no runs in {path}; make one with: backdoorlab attack badnets", highlight=False, soft_wrap=True)
+        where = getattr(opened, "url", opened.root)
+        out.print(shown(f"no runs in {where}; make one with: backdoorlab attack badnets"), soft_wrap=True)
     elif grouped:
-        _print_table(rows, tuple(rows[0]), f"mean {metric or 'asr'} over seeds, 95 % bootstrap interval")
+        _print_table(rows, tuple(rows[0]), f"mean {mean} over seeds, 95 % bootstrap interval")
     else:
         alike = [c for c in _FOLDED if len({row[c] for row in rows}) == 1]
         used = tuple(c for c in _SHOWN if c not in alike and any(row.get(c) not in (None, "ok") for row in rows))
         _print_table(rows, used, "   ".join(f"{c}: {rows[0][c]}" for c in alike) or None)
 
 
+def _columns(group_by: str | None) -> tuple[str, ...]:
+    """The columns of --group-by; none if it was not given.
+
+    Raises:
+        InputError: if it names none.
+    """
+    columns = tuple(part.strip() for part in (group_by or "").split(",") if part.strip())
+    if group_by is not None and not columns:
+        raise InputError(f"--group-by: expected column names such as attack,defense, got {group_by!r}")
+    return columns
+
+
 def _print_csv(rows: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([json.dumps(v) if isinstance(v, (list, dict)) else v for v in (row.get(c) for c in columns)])
+    print_csv(columns, ([_plain(row.get(c)) for c in columns] for row in rows))
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (list, dict)) else value
 
 
 def _print_table(rows: list[dict[str, Any]], columns: tuple[str, ...], title: str | None) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left")
-    for column in columns:
-        numeric = any(isinstance(row.get(column), (int, float)) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=column in ("key", "defense", "attack"),
-                         style="cyan" if column == "key" else "")  # fmt: skip
-    for row in rows:
-        table.add_row(*(Text(str(row["key"])[:8] if c == "key" else number(row.get(c))) for c in columns))
+    right = [any(isinstance(row.get(column), (int, float)) for row in rows) for column in columns]
+    cells = [[visible(str(row["key"])[:8] if c == "key" else number(row.get(c))) for c in columns] for row in rows]
+    if len(rows) > _MANY:
+        _print_lines([list(columns), *cells], right, title)
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left")
+    table.title = shown(title) if title else None
+    for column, numeric in zip(columns, right, strict=True):
+        table.add_column(
+            shown(column),
+            justify="right" if numeric else "left",
+            no_wrap=column in ("key", "defense", "attack"),
+            style="cyan" if column == "key" else "",
+        )
+    for line in cells:
+        table.add_row(*map(shown, line))
     out.print(table)
+
+
+def _print_lines(lines: list[list[str]], right: list[bool], title: str | None) -> None:
+    """The same columns as wide as their content, for pipes and pagers."""
+    lengths = [[len(cell) if cell.isascii() else cell_len(cell) for cell in line] for line in lines]
+    widths = [max(found) for found in zip(*lengths, strict=True)]
+    told = [visible(title)] if title else []
+    for line, sizes in zip(lines, lengths, strict=True):
+        padded = []
+        for cell, size, width, numeric in zip(line, sizes, widths, right, strict=True):
+            space = " " * (width - size)
+            padded.append(space + cell if numeric else cell + space)
+        told.append("  ".join(padded).rstrip())
+    print("\n".join(told))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from backdoorlab.core.errors import InputError
 
@@ -31,9 +31,27 @@ def bootstrap_ci(
     data = np.asarray(values, dtype=np.float64)
     if len(data) < 2:
         return None
-    drawn = np.random.default_rng(seed).integers(0, len(data), (resamples, len(data)))
-    low, high = np.quantile(data[drawn].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    means = np.concatenate([data[drawn].mean(axis=1) for drawn in _resamples(len(data), resamples, seed)])
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+_BLOCK = 1 << 20
+"""Random indices that are held at once; 10,000 resamples of 10,000 values have a hundred times as many."""
+
+
+def _resamples(count: int, resamples: int, seed: int) -> Iterable[np.ndarray]:
+    """Indices [rows, count] in blocks of rows; the same whatever the size of the blocks."""
+    if count * resamples <= _BLOCK:
+        return (_few_resamples(count, resamples, seed),)
+    generator, rows = np.random.default_rng(seed), max(1, _BLOCK // count)
+    sizes = (min(rows, resamples - start) for start in range(0, resamples, rows))
+    return (generator.integers(0, count, (size, count)) for size in sizes)
+
+
+@functools.lru_cache(maxsize=4)  # a table has many groups of the same size
+def _few_resamples(count: int, resamples: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, count, (resamples, count))
 
 
 def mean_ranks(scores: Mapping[str, Sequence[float]], higher_is_better: bool = True) -> dict[str, float]:
@@ -44,6 +62,8 @@ def mean_ranks(scores: Mapping[str, Sequence[float]], higher_is_better: bool = T
         higher_is_better: of the scores.
     """
     matrix = _aligned(scores)
+    from scipy import stats
+
     ranks = stats.rankdata(-matrix if higher_is_better else matrix, axis=0).mean(axis=1)
     return dict(zip(scores, map(float, ranks), strict=True))
 
@@ -72,6 +92,8 @@ def compare_all(scores: Mapping[str, Sequence[float]]) -> list[Comparison]:
     matrix, names = _aligned(scores), list(scores)
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
     differences = [matrix[i] - matrix[j] for i, j in pairs]
+    from scipy import stats
+
     p = [float(stats.wilcoxon(d).pvalue) if np.any(d) else 1.0 for d in differences]
     return sorted(
         (
