@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -9,10 +11,12 @@ from typing import ClassVar
 import pytest
 import torch
 
+from backdoorlab.core import method
 from backdoorlab.core.errors import BackdoorLabError, InputError
 from backdoorlab.core.method import Method, param
 from backdoorlab.core.registry import Registry
 from backdoorlab.core.seeding import derive_seed, isolated_rng, make_generator
+from backdoorlab.core.syntax import code_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +70,105 @@ class TestMethod:
         from backdoorlab.attacks.image.badnets import BadNets
         from backdoorlab.attacks.image.badnets_a2a import BadNetsA2A
 
-        before = BadNets.code_digest(), BadNetsA2A.code_digest(), Toy.code_digest()
+        def digests() -> tuple[str, ...]:
+            code_of.cache_clear()
+            method._code_digest.cache_clear()
+            return BadNets.code_digest(), BadNetsA2A.code_digest(), Toy.code_digest()
+
+        before, read = digests(), Path.read_bytes
         assert len(set(before)) == 3
-        read = Path.read_bytes
-        monkeypatch.setattr(Path, "read_bytes", lambda p: read(p) + b"#" * (p.name == "badnets.py"))
-        after = BadNets.code_digest(), BadNetsA2A.code_digest(), Toy.code_digest()
+        monkeypatch.setattr(Path, "read_bytes", lambda p: read(p) + b"x = 1\n" * (p.name == "badnets.py"))
+        after = digests()
         assert [a != b for a, b in zip(before, after, strict=True)] == [True, True, False]
+        monkeypatch.setattr(Path, "read_bytes", lambda p: read(p) + b'# a remark\n"""Another."""\n')
+        assert digests() == before
+        monkeypatch.undo()
+        digests()
+
+    def test_a_method_that_was_typed_in_is_refused_in_one_line(self) -> None:
+        typed = type("Typed", (Toy,), {"__module__": "typed_in"})
+        sys.modules["typed_in"] = types.ModuleType("typed_in")
+        try:
+            with pytest.raises(InputError, match=r"toy: its code was typed in, not read from a file"):
+                typed.code_digest()
+        finally:
+            del sys.modules["typed_in"]
+
+    def test_changed_names_what_differs_from_the_defaults(self) -> None:
+        assert Toy().changed() == []
+        assert Toy.build({"rate": "0.1", "mode": "bee", "words": "x"}).changed() == ["mode", "words"]
+
+
+SOURCE = '''
+"""What it is."""
+import math  # for pi
+
+@staticmethod
+def area(r: float = 1.0, *, text: str = f"{1!r:>{2}} and" " more") -> float:
+    """Of a circle."""
+    if r < 0:
+        pass
+    return math.pi * r ** 2  # known
+
+class A:
+    name: str = "a"
+    """Its name."""
+    def f(self): ...
+'''
+
+
+class TestSyntax:
+    def code(self, tmp_path: Path, text: str, name: str = "a.py") -> bytes:
+        path = tmp_path / name
+        path.write_text(text)
+        code_of.cache_clear()
+        return code_of(path)
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("What it is.", "What else."),
+            ('    """Of a circle."""\n', ""),
+            ("  # known", ""),
+            ("\nclass", "\n\n\n# a remark\nclass"),
+            ('    """Its name."""\n', ""),
+            ("r ** 2", "(r**2)"),
+            ('"{1!r:>{2}} and" " more"', '"{1!r:>{2}} and more"'),
+        ],
+    )
+    def test_what_does_not_act_does_not_count(self, tmp_path: Path, old: str, new: str) -> None:
+        assert old in SOURCE
+        assert self.code(tmp_path, SOURCE) == self.code(tmp_path, SOURCE.replace(old, new))
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("1.0", "1"),
+            ("r ** 2", "r ** 3"),
+            ('"a"', "b'a'"),
+            ("*, ", ""),
+            ("!r", "!s"),
+            (" more", " most"),
+            ("    if r < 0:\n        pass\n", ""),
+            ("@staticmethod\n", ""),
+            ("def f(self)", "async def f(self)"),
+        ],
+    )
+    def test_what_acts_counts(self, tmp_path: Path, old: str, new: str) -> None:
+        assert old in SOURCE
+        assert self.code(tmp_path, SOURCE) != self.code(tmp_path, SOURCE.replace(old, new))
+
+    def test_the_text_is_the_same_for_every_version_of_python(self, tmp_path: Path) -> None:
+        """Made by hand from the grammar; a version that adds fields, or drops empty ones, changes nothing."""
+        assert self.code(tmp_path, "def f(a=None): return f'{a}b'\n").decode() == (
+            "tree\0Module(body=[FunctionDef(name=str:'f',args=arguments(args=[arg(arg=str:'a',),],"
+            "defaults=[Constant(value=NoneType:None,),],),body=[Return(value=JoinedStr(values=[FormattedValue("
+            "value=Name(id=str:'a',),conversion=int:-1,),Constant(value=str:'b',),],),),],),],)"
+        )
+
+    def test_what_is_not_python_source_is_taken_as_it_is(self, tmp_path: Path) -> None:
+        assert self.code(tmp_path, "x = = 1  # a") != self.code(tmp_path, "x = = 1  # b")
+        assert self.code(tmp_path, "x = 1", "a.so") == b"bytes\0x = 1"
 
 
 class TestRegistry:

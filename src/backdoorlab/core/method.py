@@ -8,17 +8,21 @@ the command line's ``--help``, the docs tables and the range checks are all made
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import math
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from backdoorlab.core.errors import InputError, nearest
+from backdoorlab.core.excerpt import shown
+from backdoorlab.core.paths import exists, files_below, is_folder, read_bytes, user_path
+from backdoorlab.core.syntax import code_of
 
 
 def param(
@@ -93,7 +97,7 @@ class Method:
     @classmethod
     def parameters(cls) -> list[ParamInfo]:
         """All hyper-parameters with type, default, range and source."""
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         return [
             ParamInfo(f.name, _type_name(hints[f.name]), f.default, f.metadata.get("help", ""), _range(f),
                       f.metadata.get("source", ""))
@@ -107,20 +111,24 @@ class Method:
         Raises:
             InputError: for an unknown name or a value that does not fit.
         """
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         fields = {f.name: f for f in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         for key, value in settings.items():
             if key not in fields:
                 raise InputError(
-                    f"{cls.name} has no hyper-parameter {key!r}.{nearest(key, fields)} It has: {', '.join(fields)}"
+                    f"{cls.name} has no hyper-parameter {shown(key)}.{nearest(key, fields)} It has: {', '.join(fields)}"
                 )
-            values[key] = _convert(cls.name, key, value, hints[key])
+            values[key] = convert(cls.name, key, value, hints[key])
         return cls(**values)
 
     def settings(self) -> dict[str, Any]:
         """All hyper-parameters with their values, JSON-able."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def changed(self) -> list[str]:
+        """Names of the hyper-parameters that differ from their defaults."""
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
 
     def file_digests(self) -> dict[str, str]:
         """Hash of the content behind each hyper-parameter that names files or folders, where one is given.
@@ -137,26 +145,41 @@ class Method:
 
         "Beside it" is the same family of modules (``backdoorlab.attacks``, a plug-in's own package); a changed method
         gets new results, not old ones. Contracts (``base`` modules) do not count: they have a version of their own.
+        What counts is the syntax tree: comments, docstrings and layout may change.
+
+        Raises:
+            InputError: if the class was not defined in a file.
         """
-        digest = hashlib.sha256()
-        for path in sorted(_sources(cls)):
-            digest.update(path.read_bytes())
-        return digest.hexdigest()[:16]
+        return _code_digest(cls)
+
+
+def _digest_sources(cls: type) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(_sources(cls)):
+        digest.update(hashlib.sha256(code_of(path)).digest())
+    return digest.hexdigest()[:16]
+
+
+# Once per class: the code that runs is the one that was imported, whatever happens to its file afterwards.
+_hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
+_code_digest: Callable[[type], str] = functools.cache(_digest_sources)
 
 
 def _content(owner: str, field: str, value: str | tuple[str, ...]) -> str:
     """Hash of a file, of all files below a folder with their names, or of several of these in turn."""
     digest = hashlib.sha256()
     for given in (value,) if isinstance(value, str) else value:
-        base = Path(given)
-        if not base.exists():
+        if not given.strip():  # as a path it would be the working directory, with all that is below it
+            raise InputError(f"{owner}: {field}: expected a file or folder, got nothing")
+        base = user_path(given)
+        if not exists(base):
             raise InputError(f"{owner}: found no file or folder {given!r} for {field}")
-        below = sorted(p for p in base.rglob("*") if p.is_file()) if base.is_dir() else [base]
+        below = files_below(base, hidden=True) if is_folder(base) else [base]
         for file in below:
             try:
-                content = hashlib.sha256(file.read_bytes()).digest()
-            except OSError as error:
-                raise InputError(f"{owner}: {field}: {str(file)!r} cannot be read: {error.strerror}") from None
+                content = hashlib.sha256(read_bytes(file)).digest()
+            except InputError as error:
+                raise InputError(f"{owner}: {field}: {error}") from None
             digest.update(f"{file.relative_to(base).as_posix()}\0".encode() + content)
         digest.update(b"\0")
     return digest.hexdigest()[:20]
@@ -170,7 +193,13 @@ def _sources(cls: type) -> set[Path]:
     waiting, seen = [cls.__module__], {cls.__module__}
     while waiting:
         module = sys.modules[waiting.pop()]
-        found.add(Path(inspect.getfile(module)))
+        try:
+            found.add(Path(inspect.getfile(module)))
+        except TypeError:
+            raise InputError(
+                f"{getattr(cls, 'name', cls.__name__)}: its code was typed in, not read from a file, so that results "
+                "could not be told from those of other code; write it to a .py file and import that"
+            ) from None
         for value in vars(module).values():
             name = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
             inside = isinstance(name, str) and (name == family or name.startswith(f"{family}."))
@@ -208,7 +237,7 @@ def _check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
     if wrong:
         hint = nearest(value, map(str, meta["choices"])) if meta.get("choices") and isinstance(value, str) else ""
         expected = f"must be {_range(field)}" if _range(field) else "must be a finite number"
-        raise InputError(f"{owner}: {field.name} {expected}, got {value!r}.{hint}")
+        raise InputError(f"{owner}: {field.name} {expected}, got {shown(value)}.{hint}")
 
 
 def _type_name(hint: Any) -> str:
@@ -217,36 +246,51 @@ def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _convert(owner: str, key: str, value: Any, hint: Any) -> Any:
-    """Convert a value (perhaps a string from the command line) to the annotated type, or say why not."""
+def convert(owner: str, key: str, value: Any, hint: Any) -> Any:
+    """Convert a value to an annotated type: how every field that users set is read, from a command line or a file.
+
+    Args:
+        owner: of the field, for messages.
+        key: the field.
+        value: a value of the type, or text that stands for one, such as ``1e-2``, ``yes`` or ``1, 2, 3``.
+        hint: bool, int, float, str, a tuple of one of these, or such a type or None.
+
+    Raises:
+        InputError: for a value that is not of the type.
+    """
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             return None
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     if typing.get_origin(hint) is tuple:
-        items = value.replace("[", "").replace("]", "").split(",") if isinstance(value, str) else list(value)
         inner = typing.get_args(hint)[0]
-        return tuple(_convert(owner, key, item.strip() if isinstance(item, str) else item, inner) for item in items)
-    failure = InputError(f"{owner}: {key} must be of type {_type_name(hint)}, got {value!r}.")
+        items = value.replace("[", "").replace("]", "").split(",") if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise InputError(f"{owner}: {key} must be a list of type {_type_name(inner)}, got {shown(value)}.")
+        return tuple(convert(owner, key, item.strip() if isinstance(item, str) else item, inner) for item in items)
+    failure = InputError(f"{owner}: {key} must be of type {_type_name(hint)}, got {shown(value)}.")
     if hint is bool:
         if isinstance(value, bool):
             return value
         table = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if str(value).lower() not in table:
-            raise InputError(f"{owner}: {key} must be true or false, got {value!r}.")
+        if not isinstance(value, (str, int)) or str(value).lower() not in table:
+            raise InputError(f"{owner}: {key} must be true or false, got {shown(value)}.")
         return table[str(value).lower()]
     if hint in (int, float):
         if isinstance(value, bool):
             raise failure
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise failure from None
-        if hint is float:
-            return number
-        if not math.isfinite(number) or number != int(number):
+        if hint is int and isinstance(value, int):
+            number: float = value  # not through float, which holds 53 bits
+        else:
+            try:
+                number = float(value)
+                if hint is int and number == int(number):
+                    number = int(value) if isinstance(value, str) and value.strip("+- ").isdecimal() else int(number)
+            except (TypeError, ValueError, OverflowError):
+                raise failure from None
+        if hint is int and (not isinstance(number, int) or abs(number) >= 2**63):
             raise failure
-        return int(number)
+        return number
     if hint is str:
         if not isinstance(value, str):
             raise failure
