@@ -68,7 +68,7 @@ def one_form(headers: Sequence[tuple[bool, int, int]], size: int | None) -> tupl
     if height * width > _LARGE:
         warnings.warn(
             f"all {len(headers)} pictures are {width}x{height} and are kept at that size: "
-            f"{len(headers) * channels * height * width / 2**30:.2g} GiB in memory, {height * width / 1024:.0f} times "
+            f"{len(headers) * channels * height * width / 2**20:,.0f} MiB in memory, {height * width / 1024:.0f} times "
             "the work of 32x32; a smaller size (--size 64) squeezes them",
             DataWarning,
             stacklevel=2,

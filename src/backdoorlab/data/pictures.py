@@ -101,7 +101,7 @@ def _decoded(source: Path | bytes, name: str, use: Callable[[Image.Image], T]) -
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise InputError(
-                    f"image {label} says it is {width}x{height} pixels, at most {MAX_PIXELS:,} in all are decoded; "
+                    f"image {label} says it is {width}x{height} pixels, more than the {MAX_PIXELS:,} that are decoded; "
                     "scale it down"
                 )
             return use(image)
@@ -110,6 +110,10 @@ def _decoded(source: Path | bytes, name: str, use: Callable[[Image.Image], T]) -
     except UnidentifiedImageError:
         raise InputError(
             f"cannot read image {label}: it is of none of the known formats ({', '.join(FORMATS)})"
+        ) from None
+    except Image.DecompressionBombError:  # Pillow's own limit, higher than ours, which it checks first
+        raise InputError(
+            f"image {label} says it has several times {MAX_PIXELS:,} pixels, the most that are decoded; scale it down"
         ) from None
     except Exception as error:  # a damaged file may make the decoders raise nearly anything
         raise InputError(f"cannot read image {label}: {reason(error)}") from error
