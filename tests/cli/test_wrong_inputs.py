@@ -24,6 +24,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "negative seed": ((*BAD, "--seed", "-1"), "--seed"),
     "kind of list": (("list", "attack"), "attacks"),
     "list without kind": (("list",), "attacks|defenses|datasets|models"),
+    "list as two things": (("list", "attacks", "--json", "--markdown"), "--json and --markdown exclude each other"),
     "list modality": (("list", "attacks", "--modality", "images"), "Did you mean 'image'?"),
     # attack
     "attack without name": (("attack",), "backdoorlab list attacks"),
@@ -59,13 +60,29 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "recipe set without equals": ((*BAD, "--recipe-set", "epochs"), "--recipe-set: expected KEY=VALUE"),
     "recipe set unknown field": ((*BAD, "--recipe-set", "epoch=3"), "Did you mean 'epochs'?"),
     "recipe set wrong type": ((*BAD, "--recipe-set", "epochs=many"), "must be of type int"),
-    "recipe set nan": ((*BAD, "--recipe-set", "lr=nan"), "must be of type float"),
+    "recipe set nan": ((*BAD, "--recipe-set", "lr=nan"), "lr must be a finite number"),
+    "recipe set out of range": ((*BAD, "--recipe-set", "warmup=7"), "warmup must be at most 1"),
+    "recipe set no truth value": ((*BAD, "--recipe-set", "augment=7"), "augment must be true or false"),
+    "recipe set of a classifier for diffusion": (("attack", "baddiffusion", "--recipe-set", "epochs=3"), "'steps'"),
     "recipe set wrong optimiser": ((*BAD, "--recipe-set", "optimizer=adam"), "Did you mean 'adamw'?"),
+    "set an empty path": ((*BAD, "--set", "patch="), "patch: expected a file or folder, got nothing"),
+    "set a path of no user": ((*BAD, "--set", "patch=~nouser/x"), "there is no user 'nouser'"),
+    "set a long path": ((*BAD, "--set", "patch={long}"), "too long"),
+    "asset of no user": (("attack", "lf", "--asset", "clean-surrogate=~nouser/x"), "there is no user 'nouser'"),
+    "asset with a long path": (("attack", "lf", "--asset", "clean-surrogate={long}"), "too long"),
+    "asset without a file": (("attack", "lf", "--asset", "clean-surrogate="), "no such file"),
     "train size 0": ((*BAD, "--train-size", "0"), "train_size must be at least 1"),
     "train size too large": ((*BAD, "--train-size", "99999"), "1437 samples, 99999 were asked for"),
     "test size too large": ((*BAD, "--test-size", "5000"), "360 samples, 5000 were asked for"),
     "size too small": ((*BAD, "--size", "2"), "size must be at least 8"),
     "root missing": ((*BAD, "--root", "no/such/folder"), "no such folder: no/such/folder"),
+    "root of no user": ((*BAD, "--root", "~nouser/x"), "--root: ~nouser/x: there is no user 'nouser'"),
+    "root with a long path": ((*BAD, "--root", "{long}"), "--root: a name in the path has more than 255 bytes"),
+    "root below a file": ((*BAD, "--root", "{file}/x"), "no such folder"),
+    "folder of no user": ((*BAD, "--dataset", "folder:~nouser/x"), "there is no user 'nouser'"),
+    "folder with a long path": ((*BAD, "--dataset", "folder:{long}"), "too long"),
+    "csv of no user": ((*BAD, "--dataset", "csv:~nouser/x"), "there is no user 'nouser'"),
+    "csv with a long path": ((*BAD, "--dataset", "csv:{long}"), "too long"),
     "data not found": ((*BAD, "--dataset", "cifar10", "--root", "{empty}"), "--root or $BACKDOORLAB_DATA"),
     "folder missing": ((*BAD, "--dataset", "folder:no/such"), "no/such"),
     "folder empty": ((*BAD, "--dataset", "folder:{empty}"), "{empty}"),
@@ -76,6 +93,8 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "attack of another modality": (("attack", "sig", "--dataset", "csv:{texts}"), "text"),
     "store is a file": ((*BAD, "--store", "{file}"), "is a file; expected a folder"),
     "store cannot be made": ((*BAD, "--store", "{file}/runs"), "cannot use"),
+    "store of no user": ((*BAD, "--store", "~nouser/x"), "--store: ~nouser/x: there is no user 'nouser'"),
+    "store with a long path": ((*BAD, "--store", "{long}"), "--store: a name in the path"),
     # defend
     "defend without name": (("defend",), "backdoorlab list defenses"),
     "defend without run": (("defend", "ft"), "--run RUN"),
@@ -86,7 +105,14 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "defend out of range": (("defend", "ft", *RUN, "--set", "lr=0", *STORE), "must be > 0"),
     "defend fraction": (("defend", "ft", *RUN, "--clean-fraction", "2", *STORE), "<= 1"),
     "defend other seed": (("defend", "ft", *RUN, "--seed", "7", *STORE), "has seed 0"),
+    "defend a run of no user": (("defend", "ft", "--run", "~nouser/x", *STORE), "there is no user 'nouser'"),
+    "defend a run with a long path": (("defend", "ft", "--run", "{long}", *STORE), "no run"),
     # bench and results
+    "grid of no user": (("bench", "~nouser/x.yaml"), "there is no user 'nouser'"),
+    "grid with a long path": (("bench", "{long}"), "more than 255 bytes"),
+    "grid is a folder": (("bench", "{empty}"), "no such grid file"),
+    "results of no user": (("results", "--store", "~nouser/x"), "there is no user 'nouser'"),
+    "empty metric": (("results", "--metric", "", *STORE), "unknown metric ''"),
     "grid missing": (("bench", "no.yaml"), "no such grid file: no.yaml"),
     "grid not yaml": (("bench", "{broken}", *STORE), "broken.yaml"),
     "grid with a typo": (("bench", "{typo}", *STORE), "attacks"),
@@ -102,6 +128,12 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "show ambiguous run": (("show", "{ambiguous}", "--store", "{twins}"), "Give more digits"),
     "show tampered run": (("show", "{attack}", "--store", "{tampered}"), "changed after the run"),
     "figure of a strange type": (("show", "{attack}", "--figure", "a.doc", *STORE), ".png, .pdf, .svg"),
+    "figure is a folder": (("show", "{attack}", "--figure", "{empty}", *STORE), "--figure: {empty} is a folder"),
+    "figure exists": (("show", "{attack}", "--figure", "{digit}", *STORE), "exists; choose another name"),
+    "figure below a file": (("show", "{attack}", "--figure", "{file}/a.png", *STORE), "is a file, not a folder"),
+    "figure of no user": (("show", "{attack}", "--figure", "~nouser/a.png", *STORE), "there is no user 'nouser'"),
+    "figure with a long path": (("show", "{attack}", "--figure", "{long}", *STORE), "--figure: a name in the path"),
+    "figure without a name": (("show", "{attack}", "--figure", "", *STORE), "--figure: expected a path, got nothing"),
     "figure of a benign run": (("show", "{benign}", "--figure", "a.png", *STORE), "no trigger"),
     # export
     "export without run": (("export", *OUT), "RUN"),
@@ -114,9 +146,12 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "export unknown format": (("export", "{attack}", *OUT, "--format", "folders", *STORE), "Did you mean 'folder'?"),
     "export unknown choice": (("export", "{attack}", *OUT, "--only", "poison", *STORE), "Did you mean 'poisoned'?"),
     "export into a full folder": (("export", "{attack}", "--out", "{place}", *STORE), "is not empty"),
-    "export over what is no export": (("export", "{attack}", "--out", "{place}", "--force", *STORE), "digit.png"),
+    "export over what is no export": (("export", "{attack}", "--out", "{place}", "--force", *STORE), "no SHA256SUMS"),
     "export into a file": (("export", "{attack}", "--out", "{file}", *STORE), "is a file"),
-    "export below a file": (("export", "{attack}", "--out", "{file}/x", *STORE), "cannot write"),
+    "export below a file": (("export", "{attack}", "--out", "{file}/x", *STORE), "is a file, not a folder"),
+    "export to no user": (("export", "{attack}", "--out", "~nouser/x", *STORE), "there is no user 'nouser'"),
+    "export to a long path": (("export", "{attack}", "--out", "{long}", *STORE), "--out: a name in the path"),
+    "export to nothing": (("export", "{attack}", "--out", "", *STORE), "--out: expected a path, got nothing"),
     "export here": (("export", "{attack}", "--out", ".", *STORE), "working directory"),
     "export with a missing root": (("export", "{attack}", *OUT, "--root", "no/such", *STORE), "no such folder"),
     # stamp and predict
@@ -134,10 +169,22 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "stamp wrong array": (("stamp", "{floats}", *RUN, "--out", "o", *STORE), "expected uint8"),
     "stamp onto the input": (("stamp", "{digit}", *RUN, "--out", "{place}", *STORE), "never overwritten"),
     "stamp into a file": (("stamp", "{digit}", *RUN, "--out", "{file}", *STORE), "is a file"),
+    "stamp below a file": (("stamp", "{digit}", *RUN, "--out", "{file}/x", *STORE), "is a file, not a folder"),
+    "stamp to no user": (("stamp", "{digit}", *RUN, "--out", "~nouser/x", *STORE), "there is no user 'nouser'"),
+    "stamp to a long path": (("stamp", "{digit}", *RUN, "--out", "{long}", *STORE), "--out: a name in the path"),
+    "stamp from no user": (("stamp", "~nouser/x.png", *RUN, *OUT, *STORE), "there is no user 'nouser'"),
+    "stamp from a long path": (("stamp", "{long}", *RUN, *OUT, *STORE), "too long"),
+    "stamp over a file": (("stamp", "{digit}", *RUN, "--out", "{taken}", *STORE), "exists; choose another folder"),
     "stamp empty folder": (("stamp", "{empty}", *RUN, "--out", "o", *STORE), "no image samples"),
     "predict missing file": (("predict", "no.png", *RUN, *STORE), "no such file"),
     "predict wrong size": (("predict", "{large}", "--run", "{repair}", *STORE), "--resize"),
+    "predict from no user": (("predict", "~nouser/x.png", *RUN, *STORE), "there is no user 'nouser'"),
+    "predict from a long path": (("predict", "{long}", *RUN, *STORE), "too long"),
     # quickstart
+    "quickstart below a file": (("quickstart", "--out", "{file}/x"), "--out: cannot use"),
+    "quickstart onto a folder": (("quickstart", "--out", "{figure}"), "quickstart.png is a folder"),
+    "quickstart to no user": (("quickstart", "--out", "~nouser/x"), "there is no user 'nouser'"),
+    "quickstart to a long path": (("quickstart", "--out", "{long}"), "--out: a name in the path"),
     "quickstart unknown defense": (("quickstart", "--defenses", "ftt"), "Did you mean 'ft'?"),
     "quickstart into a file": (("quickstart", "--out", "{file}"), "is a file"),
 }  # fmt: skip
@@ -147,10 +194,19 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
 def places(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Files and folders that the cases name."""
     root = tmp_path_factory.mktemp("wrong")
-    for name in ("empty", "hollow/dogs", "hollow/cats", "corrupt/a", "corrupt/b", "place"):
+    for name in (
+        "empty",
+        "hollow/dogs",
+        "hollow/cats",
+        "corrupt/a",
+        "corrupt/b",
+        "place",
+        "taken",
+        "figure/quickstart.png",
+    ):
         (root / name).mkdir(parents=True)
     grey = Image.fromarray(np.zeros((16, 16), np.uint8))
-    for name in ("hollow/cats/1.png", "corrupt/a/1.png", "corrupt/b/1.png", "place/digit.png"):
+    for name in ("hollow/cats/1.png", "corrupt/a/1.png", "corrupt/b/1.png", "place/digit.png", "taken/digit.png"):
         grey.save(root / name)
     (root / "corrupt/a/bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     grey.resize((20, 24)).save(root / "large.png")
@@ -187,6 +243,7 @@ def places(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
         "digit": str(root / "place/digit.png"), "place": str(root / "place"), "large": str(root / "large.png"),
         "badpng": str(root / "corrupt/a/bad.png"), "floats": str(root / "floats.npy"), "wav": str(root / "click.wav"),
         "tampered": str(tampered), "torn": str(torn), "twins": str(twins), "ambiguous": "abc",
+        "long": "x" * 300 + ".png", "taken": str(root / "taken"), "figure": str(root / "figure"),
     }  # fmt: skip
 
 
