@@ -122,12 +122,18 @@ def _given_path(given: str | Path, option: str) -> Path:
 
 def _need_writable(folder: Path, option: str) -> None:
     """The nearest folder that exists must be one, and let this user write."""
+    there = _nearest_folder(folder, option)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{option}: cannot write to {folder}: no permission to write in {there}")
+
+
+def _nearest_folder(folder: Path, option: str) -> Path:
+    """The folder itself if it exists, else the nearest one above it that does."""
     parents = (folder.absolute(), *folder.absolute().parents)
     there = next(path for path in parents if _asked(option, exists, path))
     if not _asked(option, is_folder, there):
         raise InputError(f"{option}: cannot use {folder}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{option}: cannot write to {folder}: no permission to write in {there}")
+    return there
 
 
 def _asked(option: str, question: Callable[[Path], bool], path: Path) -> bool:
@@ -155,6 +161,7 @@ def open_store(given: str) -> Store:
     path = _given_path(text.removeprefix("file://"), "--store")
     if _asked("--store", exists, path) and not _asked("--store", is_folder, path):
         raise InputError(f"--store: {path} is a file; expected a folder (it is made if it does not exist)")
+    _nearest_folder(path, "--store")
     from backdoorlab.benchmark.store import Store
 
     return Store(path)
