@@ -97,6 +97,21 @@ def test_divergence_and_empty_sets_are_errors(digits_task: Task) -> None:
         digits_task.fit(few(digits_task, 0), Context())
 
 
+def test_clipping_bounds_a_step_and_leaves_small_gradients_alone(digits_task: Task) -> None:
+    def step(clip: float) -> torch.Tensor:
+        model = digits_task.build_model(Context(seed=2))
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        recipe = Recipe(epochs=1, batch_size=96, lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant", clip=clip)
+        digits_task.fit(few(digits_task), Context(seed=2), model=model, recipe=recipe)
+        return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+
+    free = step(0.0)
+    assert torch.equal(step(1e6), free)
+    short = step(0.01)
+    assert float(short.norm()) == pytest.approx(0.01, rel=1e-3)
+    assert float(F.cosine_similarity(short, free, dim=0)) > 0.999
+
+
 def test_callbacks_and_progress_run_once_an_epoch(digits_task: Task) -> None:
     epochs: list[int] = []
     recipe = Recipe(epochs=3, batch_size=32, lr=0.01)
@@ -127,6 +142,9 @@ def recipe_spec(model: str):
 
 
 class TestRecipes:
+    def test_the_short_image_recipes_clip_and_the_reference_does_not(self) -> None:
+        assert [recipe_for("image", name).clip for name in ("reference", "fast", "smoke")] == [0.0, 1.0, 1.0]
+
     def test_one_cycle_climbs_to_its_peak_and_ends_near_zero(self) -> None:
         recipe = Recipe(epochs=10, lr=1.0, schedule="onecycle", warmup=0.25)
         rates = [recipe.factor(step, 40) for step in range(400)]
