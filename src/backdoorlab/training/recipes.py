@@ -4,9 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from backdoorlab.core.errors import InputError, unknown
+from backdoorlab.core.excerpt import shown
+from backdoorlab.core.method import convert
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "epochs": (0, 10**6), "batch_size": (1, 2**31), "lr": (0, 10**6), "momentum": (0, 1), "weight_decay": (0, 10**6),
+    "milestones": (0, 10**6), "warmup": (0, 1), "clip": (0, math.inf), "min_steps": (0, 10**9),
+}  # fmt: skip
+"""Smallest and largest value of each number in a recipe."""
+
+
+def typed_changes(kind: type[Any], given: Mapping[str, object], what: str = "recipe") -> dict[str, Any]:
+    """Changes of a recipe's fields with values of the right type, whether they were typed or come from a file.
+
+    Args:
+        kind: the recipe's dataclass.
+        given: values, or text that stands for them, by the name of the field.
+        what: name of the kind, for messages.
+
+    Raises:
+        InputError: for an unknown field or a value of another type; ranges are checked by the recipe itself.
+    """
+    hints = {key: hint for key, hint in typing.get_type_hints(kind).items() if key != "name"}
+    for key in given:
+        if key not in hints:
+            raise unknown(f"{what} field", key, hints)
+    return {key: convert(what, key, value, hints[key]) for key, value in given.items()}
+
+
+def check_ranges(what: str, recipe: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Look at every number (or tuple of numbers) in a recipe.
+
+    Raises:
+        InputError: for one that is out of its range.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(recipe, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+                raise InputError(f"{what}: {name} must be a finite number, got {shown(value)}")
+            if not low <= number <= high:
+                bound = f"at least {low:g}" if number < low else f"at most {high:g}"
+                raise InputError(f"{what}: {name} must be {bound}, got {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +71,7 @@ class Recipe:
             linearly down to 0) or "multistep" (x0.1 at each milestone).
         milestones: epochs of "multistep".
         warmup: share of all steps that "onecycle" climbs.
+        clip: largest Euclidean norm of the gradient of all parameters together; 0 leaves it as it is.
         augment: whether batches are augmented.
         min_steps: on small sets epochs are added until there are so many optimiser steps.
         precision: "auto", "bf16" or "fp32".
@@ -43,6 +89,7 @@ class Recipe:
     schedule: str = "cosine"
     milestones: tuple[int, ...] = ()
     warmup: float = 0.25
+    clip: float = 0.0
     augment: bool = True
     min_steps: int = 0
     precision: str = "auto"
@@ -56,9 +103,9 @@ class Recipe:
         ):
             if getattr(self, name) not in choices:
                 raise unknown(name, getattr(self, name), choices)
-        for name, low in (("epochs", 0), ("batch_size", 1), ("lr", 0), ("min_steps", 0)):
-            if not getattr(self, name) >= low or not math.isfinite(getattr(self, name)):
-                raise InputError(f"recipe: {name} must be at least {low}, got {getattr(self, name)}")
+        check_ranges("recipe", self, _RANGES)
+        if self.optimizer == "sgd" and self.nesterov and not self.momentum:
+            raise InputError("recipe: nesterov needs a momentum > 0; set nesterov=false with momentum=0")
 
     def resolve(self, samples: int) -> Recipe:
         """The recipe for a training set of that size: batch no larger than the set, enough epochs for ``min_steps``."""
@@ -83,9 +130,11 @@ class Recipe:
 
 _IMAGE = {
     "reference": Recipe(name="reference", epochs=100, batch_size=128, lr=0.01, schedule="cosine"),
-    "fast": Recipe(name="fast", epochs=10, batch_size=256, lr=0.2, nesterov=True, schedule="onecycle", min_steps=600),
-    "smoke": Recipe(name="smoke", epochs=3, batch_size=64, lr=0.1, nesterov=True, schedule="onecycle", min_steps=300),
-}
+    "fast": Recipe(name="fast", epochs=10, batch_size=256, lr=0.2, nesterov=True, schedule="onecycle", clip=1.0,
+                   min_steps=600),
+    "smoke": Recipe(name="smoke", epochs=3, batch_size=64, lr=0.1, nesterov=True, schedule="onecycle", clip=1.0,
+                    min_steps=300),
+}  # fmt: skip
 _ADAM = Recipe(optimizer="adamw", schedule="onecycle", weight_decay=1e-2)
 _TEXT = {
     "reference": dataclasses.replace(_ADAM, name="reference", epochs=10, batch_size=32, lr=1e-3),
@@ -115,8 +164,4 @@ def recipe_for(modality: str, name: str, **changes: object) -> Recipe:
     table = recipes[modality]
     if name not in table:
         raise unknown("recipe", name, table)
-    fields = {f.name for f in dataclasses.fields(Recipe)}
-    for key in changes:
-        if key not in fields:
-            raise unknown("recipe field", key, fields)
-    return dataclasses.replace(table[name], **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(table[name], **typed_changes(Recipe, changes))

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from backdoorlab.core.errors import InputError
+from backdoorlab.core.excerpt import shown
 from backdoorlab.data.sources import DatasetSpec, load_dataset
 from backdoorlab.data.split import Dataset, Split
 from backdoorlab.modalities.base import Modality, modality_of
@@ -33,6 +35,11 @@ class TaskSpec:
     recipe: str = "fast"
     recipe_changes: tuple[tuple[str, float | int | str | bool], ...] = ()
     kind: str = "classifier"
+
+    def __post_init__(self) -> None:
+        for name in ("model", "recipe", "kind"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"the {name} of a task must be text, got {shown(getattr(self, name))}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +102,11 @@ class Task:
         objective: Objective = cross_entropy,
         stamp: Stamp | None = None,
         on_epoch: Sequence[OnEpoch] = (),
+        chance: float | None = None,
         label: str = "training",
     ) -> tuple[Classifier, FitLog]:
-        """Train a fresh model (or the one given) by the task's recipe (or the one given)."""
+        """Train a fresh model (or the one given) by the task's recipe (or the one given); see :func:`fit`."""
         model = model if model is not None else self.build_model(context)
         log = fit(model, split, recipe or self.recipe, objective=objective, stamp=stamp, on_epoch=on_epoch,
-                  context=context, label=label)  # fmt: skip
+                  chance=chance, context=context, label=label)  # fmt: skip
         return model, log
