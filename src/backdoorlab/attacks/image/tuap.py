@@ -50,7 +50,7 @@ from backdoorlab.training.task import Task
 
 def margins(model: Classifier, inputs: Tensor, target: int) -> Tensor:
     """Logit of the target class less the best other one, float [N]: positive where ``inputs`` are classified as it."""
-    logits = model(inputs).float()
+    logits = model(inputs)
     others = logits.index_fill(1, torch.tensor([target], device=logits.device), -torch.inf)
     return logits[:, target] - others.amax(1)
 
