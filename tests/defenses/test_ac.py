@@ -1,16 +1,14 @@
-"""Activation clustering: planted clusters, the rules, invariance to order, and the effect on BadNets."""
+"""Activation clustering: planted clusters, the rules, and invariance to order."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
 
 from backdoorlab.attacks import Backdoor, attacks
-from backdoorlab.data.split import BACKDOOR, Split
+from backdoorlab.data.split import Split
 from backdoorlab.defenses.dataset.ac import ActivationClustering, TwoClusters, reduce_features, two_clusters
-from backdoorlab.models import Classifier
 from backdoorlab.training import Context, Task
 
 
@@ -67,41 +65,6 @@ def test_equal_features_have_no_clusters() -> None:
 )
 def test_rules(rule: str, share: float, silhouette: float, verdict: bool) -> None:
     assert ActivationClustering(rule=rule).poisoned(TwoClusters(torch.zeros(1), share, silhouette)) is verdict
-
-
-def test_poison_is_found(rare: Backdoor, digits_task: Task) -> None:
-    poisoned = rare.poison.apply(digits_task.train)
-    method = ActivationClustering()
-    scores = method.score(poisoned.as_seen(), rare.model, Context())
-    flagged, truth = method.flags(scores, poisoned.as_seen()), poisoned.roles == BACKDOOR
-    assert flagged[truth].float().mean() > 0.8
-    assert flagged[truth].float().mean() > 5 * flagged[~truth].float().mean()
-    assert roc_auc_score(truth, scores) > 0.9
-
-
-def test_a_benign_model_has_fewer_flags_and_none_above_a_strict_silhouette(
-    benign_digits: Classifier, digits_task: Task
-) -> None:
-    """Writing styles are real clusters: the paper's silhouette of 0.15 lets some of them pass, 0.4 none."""
-
-    def flagged(method: ActivationClustering) -> float:
-        return float(
-            method.flags(method.score(digits_task.train, benign_digits, Context()), digits_task.train).float().mean()
-        )
-
-    strict, default = flagged(ActivationClustering(min_silhouette=0.4)), flagged(ActivationClustering())
-    everywhere = flagged(ActivationClustering(rule="smaller"))
-    assert strict == 0
-    assert default < 0.5 * everywhere
-
-
-def test_a_strict_silhouette_still_finds_the_poison(rare: Backdoor, digits_task: Task) -> None:
-    poisoned = rare.poison.apply(digits_task.train)
-    method = ActivationClustering(min_silhouette=0.4)
-    flagged = method.flags(method.score(poisoned.as_seen(), rare.model, Context()), poisoned.as_seen())
-    truth = poisoned.roles == BACKDOOR
-    assert flagged[truth].float().mean() > 0.8
-    assert flagged[~truth].float().mean() < 0.02
 
 
 def test_flags_follow_their_samples_under_shuffling(rare: Backdoor, digits_task: Task) -> None:

@@ -1,4 +1,4 @@
-"""ANP: its adversary, its pruning and its effect on backdoored digits."""
+"""ANP: its adversary, its pruning and the choice of its threshold."""
 
 from __future__ import annotations
 
@@ -98,19 +98,56 @@ def test_same_seed_same_masks(badnets_digits: Backdoor, clean: Split) -> None:
     assert first.min() >= 0 and first.max() <= 1
 
 
-def test_threshold_is_the_largest_within_tolerance(badnets_digits: Backdoor, clean: Split) -> None:
+@pytest.mark.parametrize("seed", [3, 4])
+def test_threshold_is_the_largest_without_a_gap_before_it(
+    badnets_digits: Backdoor, digits_task: Task, clean: Split, seed: int
+) -> None:
+    model = badnets_digits.model
+    groups, parts = prunable(model), [clean[torch.arange(29)], clean[torch.arange(29, 144)]]
+    mask = torch.rand(unit_count(groups), generator=torch.Generator().manual_seed(seed))
+    chosen = AdversarialNeuronPruning(tolerance=0.1).choose_threshold(model, groups, mask, parts)
+
+    def accuracies(keep: Tensor) -> list[float]:
+        with masked(groups, keep.float()):
+            return [float((predict(model, p.inputs).argmax(1) == p.labels).float().mean()) for p in parts]
+
+    good, floors = [], [0.9 * a for a in accuracies(torch.ones_like(mask))]
+    for step in range(20):
+        good.append(all(a >= floor for a, floor in zip(accuracies(mask > step / 20), floors, strict=True)))
+    assert chosen == pytest.approx((good.index(False) - 1) / 20)
+    hopeless = torch.zeros(unit_count(groups))
+    assert AdversarialNeuronPruning(tolerance=0).choose_threshold(model, groups, hopeless, parts) is None
+
+
+def test_a_few_lucky_samples_do_not_choose_the_threshold(badnets_digits: Backdoor, clean: Split) -> None:
+    """A model without any unit says one class to everything: held-out samples of that class would not notice."""
     model = badnets_digits.model
     groups = prunable(model)
-    mask = torch.rand(unit_count(groups), generator=torch.Generator().manual_seed(3))
-    chosen = AdversarialNeuronPruning(tolerance=0.1).choose_threshold(model, groups, mask, clean)
-    accuracy = []
-    for tau in [t / 20 for t in range(20)]:
-        with masked(groups, (mask > tau).float()):
-            accuracy.append(float((predict(model, clean.inputs).argmax(1) == clean.labels).float().mean()))
-    floor = 0.9 * float((predict(model, clean.inputs).argmax(1) == clean.labels).float().mean())
-    assert chosen == pytest.approx(max(t / 20 for t in range(20) if accuracy[t] >= floor))
-    hopeless = torch.zeros(unit_count(groups))
-    assert AdversarialNeuronPruning(tolerance=0).choose_threshold(model, groups, hopeless, clean) is None
+    mask = torch.rand(unit_count(groups), generator=torch.Generator().manual_seed(0))
+    with masked(groups, torch.zeros_like(mask)):
+        constant = int(predict(model, clean.inputs[:1]).argmax())
+    easy = clean[clean.labels == constant]
+    method = AdversarialNeuronPruning(tolerance=0.1)
+    alone, both = (
+        method.choose_threshold(model, groups, mask, [easy]),
+        method.choose_threshold(model, groups, mask, [easy, clean]),
+    )
+    assert both is not None
+    assert alone is None or both <= alone
+    with masked(groups, (mask > both).float()):
+        kept = float((predict(model, clean.inputs).argmax(1) == clean.labels).float().mean())
+    assert kept >= 0.9 * float((predict(model, clean.inputs).argmax(1) == clean.labels).float().mean())
+
+
+def test_masks_are_optimised_in_full_precision(
+    badnets_digits: Backdoor, clean: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = AdversarialNeuronPruning(iterations=3, batch_size=32)
+    masks = []
+    for bf16 in (True, False):
+        monkeypatch.setattr("backdoorlab.training.context.fast_bf16", lambda device, bf16=bf16: bf16)
+        masks.append(method.optimise_masks(badnets_digits.model, clean, Context()))
+    assert torch.equal(*masks)
 
 
 def test_models_without_batch_norm_are_pruned_at_convolutions_and_linear_layers() -> None:

@@ -1,4 +1,4 @@
-"""STRIP: the entropy against a loop, the layout of the blends, the threshold, and the effect on BadNets."""
+"""STRIP: the entropy against a loop, the layout of the blends and the threshold."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
 
 from backdoorlab.attacks import Backdoor
 from backdoorlab.core.errors import InputError
-from backdoorlab.data.split import BACKDOOR, Split, text_array
-from backdoorlab.defenses.dataset.strip import StripDataset
+from backdoorlab.data.split import Split, text_array
 from backdoorlab.defenses.input import strip
 from backdoorlab.defenses.input.strip import Overlay, Strip, entropy, overlay_entropy, saturating_sum
-from backdoorlab.models import Classifier
 from backdoorlab.training import Context, Task, predict
 
 
@@ -47,16 +44,16 @@ def test_batched_entropy_equals_a_loop_over_samples(
 ) -> None:
     """Sample-major layout: the mean must run over the overlays of one sample, not over samples."""
     model, inputs, overlays = badnets_digits.model, digits_task.test.inputs[:7], digits_task.train.inputs[:5]
-    overlay = Overlay(superimpose, weight=0.7, ratio=0.3)
+    overlay = Overlay(superimpose, weight=0.75, ratio=0.25)  # exact in single and in double precision
     monkeypatch.setattr(strip, "FORWARD_BATCH", 12)  # two samples a pass, the last pass holds one
     fast = overlay_entropy(model, inputs, overlays, overlay, torch.Generator())
     for x, found in zip(inputs.double(), fast.tolist(), strict=True):
         total = 0.0
         for c in overlays.double():
-            mixed = (x + 0.7 * c).clamp(0, 255) if superimpose == "add" else 0.7 * x + 0.3 * c
+            mixed = (x + 0.75 * c).clamp(0, 255) if superimpose == "add" else 0.75 * x + 0.25 * c
             p = predict(model, mixed.round().to(torch.uint8)[None]).double().softmax(1)[0]
             total += float(-(p * p.log2()).sum())
-        assert found == pytest.approx(total / 5, abs=0.02)
+        assert found == pytest.approx(total / 5, abs=1e-4)
 
 
 def test_text_is_blended_by_its_modality() -> None:
@@ -66,27 +63,6 @@ def test_text_is_blended_by_its_modality() -> None:
 
     laid = Overlay("add", 1.0, 0.4)(Words(), text_array(["a"]), text_array(["b"]), torch.Generator())  # type: ignore[arg-type]
     assert laid.tolist() == ["a|b|0.4"]
-
-
-def test_triggered_inputs_are_told_from_clean_ones(badnets_digits: Backdoor, digits_task: Task) -> None:
-    detector = Strip(overlays=30).fit(badnets_digits.model, some_clean(digits_task), Context())
-    clean = detector.score(digits_task.test.inputs)
-    triggered = detector.score(badnets_digits.triggered_test(digits_task)[0])
-    truth = torch.cat([torch.zeros(len(clean)), torch.ones(len(triggered))])
-    assert roc_auc_score(truth, torch.cat([clean, triggered])) > 0.95
-    assert detector.flags(triggered).float().mean() > 0.8
-    assert detector.flags(clean).float().mean() < 0.15
-
-
-def test_a_benign_model_sees_no_difference(
-    benign_digits: Classifier, badnets_digits: Backdoor, digits_task: Task
-) -> None:
-    detector = Strip(overlays=30).fit(benign_digits, some_clean(digits_task), Context())
-    clean, triggered = (
-        detector.score(x) for x in (digits_task.test.inputs, badnets_digits.triggered_test(digits_task)[0])
-    )
-    truth = torch.cat([torch.zeros(len(clean)), torch.ones(len(triggered))])
-    assert 0.3 < roc_auc_score(truth, torch.cat([clean, triggered])) < 0.7
 
 
 def test_threshold_keeps_the_false_rejection_rate_on_calibration(badnets_digits: Backdoor, digits_task: Task) -> None:
@@ -104,19 +80,9 @@ def test_threshold_keeps_the_false_rejection_rate_on_calibration(badnets_digits:
 def test_scores_do_not_depend_on_the_rest_of_the_batch(badnets_digits: Backdoor, digits_task: Task) -> None:
     detector = Strip(overlays=8).fit(badnets_digits.model, some_clean(digits_task), Context())
     whole, part = detector.score(digits_task.test.inputs[:40]), detector.score(digits_task.test.inputs[30:40])
-    assert torch.allclose(whole[30:], part, atol=0.02)
+    assert torch.allclose(whole[30:], part, atol=1e-4)
 
 
 def test_too_few_clean_samples_are_refused(badnets_digits: Backdoor, digits_task: Task) -> None:
     with pytest.raises(InputError, match="at least 4 clean samples"):
         Strip().fit(badnets_digits.model, some_clean(digits_task, 3), Context())
-
-
-def test_poisoned_training_samples_are_found(badnets_digits: Backdoor, digits_task: Task) -> None:
-    poisoned = badnets_digits.poison.apply(digits_task.train)
-    method = StripDataset(overlays=15)
-    scores = method.score(poisoned.as_seen(), badnets_digits.model, Context())
-    truth = poisoned.roles == BACKDOOR
-    assert roc_auc_score(truth, scores) > 0.8
-    flagged = method.flags(scores, poisoned.as_seen())
-    assert flagged[truth].float().mean() > 3 * flagged[~truth].float().mean()

@@ -18,6 +18,8 @@ Choices and deviations
   epochs.
 - Fewer than 5 classes give no meaningful MAD. The score is then the second smallest v_k over the smallest, and a
   model is suspected above 2 (the smallest is less than half of the next).
+- The batches of an epoch see a candidate that still changes. One that would be kept is therefore measured once more as
+  it stands, on all clean samples and in full precision, and must reach 98 % there as well.
 - The median of an even number is the mean of the middle two (a lower median flips verdicts); a class for which no
   epoch reached 98 % counts with the largest possible mask.
 - Sounds: one mask and pattern over time, in [-1, 1]. Videos: mask and pattern of one frame, shared by all frames.
@@ -280,13 +282,30 @@ class NeuralCleanse(ModelDefense):
                 optimizer.step()
             with torch.no_grad():
                 cost = candidates.cost(torch.arange(count, device=device)).double().cpu()
-            improved = schedule.update((hits / steps).double().cpu(), cost).to(device)
+            accuracy = (hits / steps).double().cpu()
+            kept = (~schedule.done & (accuracy >= self.attack_threshold) & (cost < schedule.best)).nonzero().flatten()
+            accuracy[kept] = torch.minimum(accuracy[kept], self.attack_accuracy(candidates, table, prepare, kept))
+            improved = schedule.update(accuracy, cost).to(device)
             now = candidates.tensors()
             best = {k: torch.where(improved.reshape(-1, *(1,) * (v.dim() - 1)), now[k], v) for k, v in best.items()}
             if bool(schedule.done.all()):
                 break
         costs = schedule.best.where(schedule.best.isfinite(), torch.tensor(candidates.largest).double())
         return costs, {name: value.cpu() for name, value in best.items()}
+
+    def attack_accuracy(
+        self, candidates: Candidates, table: Tensor, prepare: Callable[..., Tensor], classes: Tensor
+    ) -> Tensor:
+        """Share of all samples that the candidates of some classes [A] bring there, in fp32: float64 [A] on the CPU."""
+        found = torch.zeros(len(classes), dtype=torch.float64)
+        rows = max(1, self.max_rows // max(1, len(classes)))
+        with torch.no_grad():
+            for part in table.split(rows) if len(classes) else ():
+                for chunk in torch.arange(len(classes)).split(max(1, self.max_rows // len(part))):
+                    chosen = classes[chunk].to(table.device)
+                    hit = candidates.logits(prepare(part), chosen).argmax(2) == chosen[:, None]
+                    found[chunk] += hit.double().sum(1).cpu()
+        return found / len(table)
 
 
 def _batches(total: int, size: int, steps: int, generator: torch.Generator) -> Any:

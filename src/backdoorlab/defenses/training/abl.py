@@ -22,6 +22,8 @@ Choices:
 - Lengths are shares of the task's recipe (paper: turning epoch 20 of 100; BackdoorBench: 20 + 60 + 20 epochs), so that
   the method scales with short recipes. The isolation phase has a constant learning rate: annealing would let the losses
   of clean samples fall too.
+- A sample's loss is the mean over the ends of the later half of the isolation phase's epochs (at least the last): a
+  single one depends on which samples the last few steps happened to raise.
 - The equation's sign is per sample, published code applies it to the mean of a batch. The default follows the code:
   per sample, poison is held at gamma as soon as it is learned, so that it no longer has the lowest losses.
 - Flooding, |L - gamma| + gamma, is the published code's default and the option ``local_loss="flooding"``.
@@ -170,12 +172,20 @@ class AntiBackdoorLearning(TrainingDefense):
         return max(1, round(self.turning * recipe.epochs))
 
     def isolate(self, data: Split, task: Task, ctx: Context) -> tuple[Classifier, Tensor]:
-        """The model at the turning epoch and the loss of every sample, float32 [N]; low losses are suspicious."""
+        """The model at the turning epoch and the mean loss of every sample, float32 [N]; low ones are suspicious."""
         recipe = task.recipe.resolve(len(data))
         recipe = dataclasses.replace(recipe, epochs=self.isolation_epochs(recipe), schedule="constant",
                                      lr=self.isolation_lr * recipe.lr, augment=self.isolation_augment)  # fmt: skip
-        model, _ = task.fit(data, ctx, recipe=recipe, objective=self.isolation_objective, label="abl: isolating")
-        return model, sample_losses(model, data)
+        later = recipe.epochs - math.ceil(recipe.epochs / 2)
+        ends: list[Tensor] = []
+
+        def look(epoch: int, model: Classifier) -> None:
+            if epoch > later:
+                ends.append(sample_losses(model, data))
+
+        model, _ = task.fit(data, ctx, recipe=recipe, objective=self.isolation_objective, on_epoch=[look],
+                            label="abl: isolating")  # fmt: skip
+        return model, torch.stack(ends).mean(0)
 
     def isolation_objective(self, model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """L1 of a batch."""
