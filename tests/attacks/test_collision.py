@@ -293,16 +293,18 @@ def test_deepfool_step_on_two_linear_classes_is_the_closed_form(overshoot: float
 
 
 def test_deepfool_of_a_batch_is_that_of_each_image() -> None:
+    """In double precision and over few steps: each linearisation of a network with kinks amplifies what is rounded."""
     task = tiny_task((3, 29, 31))
-    model = clean_surrogate(task, SHARED)
-    inputs = expect_images(task.train.inputs)[:12].float() / 255
+    model = clean_surrogate(task, SHARED).double()
+    inputs = expect_images(task.train.inputs)[:12].double() / 255
     found = targeted_deepfool(model, inputs, 0, 0.02, 50)
     arrived = margins(model, inputs, 0) > 0
     assert float(margins(model, inputs + found, 0).min()) > 0
     assert torch.equal(found.flatten(1).any(1), ~arrived)
+    found = targeted_deepfool(model, inputs, 0, 0.02, 8)
     for i in range(12):
         alone, x = torch.zeros_like(inputs[i]), inputs[i]
-        for _ in range(50):  # textbook form: two gradients, one image
+        for _ in range(8):  # textbook form: two gradients, one image
             z = (x + 1.02 * alone).clone().requires_grad_()
             logits = model(z[None])[0]
             best = int(logits.argmax())
@@ -311,7 +313,7 @@ def test_deepfool_of_a_batch_is_that_of_each_image() -> None:
             up, down = (torch.autograd.grad(logits[k], z, retain_graph=True)[0] for k in (0, best))
             w = up - down
             alone = alone + (logits[0] - logits[best]).abs().detach() * w / w.square().sum()
-        torch.testing.assert_close(found[i], 1.02 * alone, atol=2e-4, rtol=2e-2)
+        torch.testing.assert_close(found[i], 1.02 * alone, atol=1e-9, rtol=1e-6)
 
 
 @pytest.mark.parametrize("eps", [3.0, 10.0, 10.7])

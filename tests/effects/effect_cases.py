@@ -1,0 +1,588 @@
+"""Every effect that is tested: what is measured for a seed, and within which bounds it must lie.
+
+The seed changes everything: the split of the data, weights, order of the samples, what is poisoned. The tests take
+seed 0; ``benchmarks/effect_spread.py`` draws the numbers of many seeds under several instruction sets and numbers of
+threads, and each bound lies beyond all of them by a margin (see there). Settings that differ from the defaults were
+chosen on seeds from 100 on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from backdoorlab.attacks import Backdoor, attacks
+from backdoorlab.attacks.image.cba import DRAWS, mix, same_class
+from backdoorlab.attacks.image.lba import train_student
+from backdoorlab.attacks.surrogate import clean_surrogate
+from backdoorlab.data.sources import DatasetSpec, balanced_subset
+from backdoorlab.data.split import BACKDOOR, COVER, Split, text_array
+from backdoorlab.defenses.dataset.ac import ActivationClustering
+from backdoorlab.defenses.dataset.spectral import SpectralSignatures
+from backdoorlab.defenses.dataset.strip import StripDataset
+from backdoorlab.defenses.input.strip import Strip
+from backdoorlab.defenses.model.neural_cleanse import NeuralCleanse
+from backdoorlab.defenses.repair.anp import AdversarialNeuronPruning
+from backdoorlab.defenses.repair.clp import ChannelLipschitzPruning, channel_lipschitz
+from backdoorlab.defenses.repair.ft import FineTuning
+from backdoorlab.defenses.training.abl import AntiBackdoorLearning
+from backdoorlab.models import Classifier
+from backdoorlab.models.anatomy import conv_norm_pairs, head
+from backdoorlab.training import Context, Recipe, Task, TaskSpec, fit, predict
+
+Numbers = dict[str, float]
+Bounds = dict[str, tuple[str, float]]
+"""Name of a number -> (">=" or "<=", bound)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One effect.
+
+    Attributes:
+        name: stage or kind / modality / method.
+        measure: seed -> named numbers.
+        bounds: of some of the numbers; the others are for reading.
+        core: does ``make test`` run it too?
+    """
+
+    name: str
+    measure: Callable[[int], Numbers]
+    bounds: Bounds
+    core: bool = False
+
+    def broken(self, numbers: Numbers) -> list[str]:
+        """The bounds that are not kept, in words."""
+        kept = {">=": lambda value, bound: value >= bound, "<=": lambda value, bound: value <= bound}
+        return [
+            f"{name} is {numbers[name]:.4g}, must be {sign} {bound:g}"
+            for name, (sign, bound) in self.bounds.items()
+            if not kept[sign](numbers[name], bound)
+        ]
+
+
+CASES: list[Case] = []
+
+
+def case(name: str, core: bool = False, **bounds: tuple[str, float]) -> Callable[..., Any]:
+    """Decorator: the function measures this case."""
+
+    def register(measure: Callable[[int], Numbers]) -> Callable[[int], Numbers]:
+        CASES.append(Case(name, measure, bounds, core))
+        return measure
+
+    return register
+
+
+def least(bound: float) -> tuple[str, float]:
+    return ">=", bound
+
+
+def most(bound: float) -> tuple[str, float]:
+    return "<=", bound
+
+
+# --- what cases share -------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def context(seed: int) -> Context:
+    """One cache of surrogates for all cases of a seed."""
+    return Context(seed)
+
+
+@lru_cache(maxsize=2)
+def task(seed: int, dataset: str = "digits", **changes: Any) -> Task:
+    """The smallest task of a modality; image models train for 2 to 3 seconds of one core."""
+    spec = TaskSpec(dataset=DatasetSpec(name=dataset, seed=seed), recipe="smoke", recipe_changes=tuple(changes.items()))
+    return Task.load(spec)
+
+
+@lru_cache(maxsize=2)
+def benign(seed: int, dataset: str = "digits", **changes: Any) -> Classifier:
+    """A benign model; read only."""
+    mine = task(seed, dataset, **changes)
+    return mine.fit(mine.train, Context(seed))[0]
+
+
+@lru_cache(maxsize=2)
+def victim(seed: int, **settings: Any) -> Backdoor:
+    """BadNets on digits; read only."""
+    return attacks.get("badnets", "image").build(settings).plant(task(seed), Context(seed))
+
+
+@lru_cache(maxsize=1)
+def clean(seed: int, count: int = 144) -> Split:
+    """The defender's clean samples: a tenth of the training set."""
+    return balanced_subset(task(seed).train, count, seed, "digits training set")
+
+
+def accuracy(model: Classifier, split: Split) -> float:
+    return float((predict(model, split.inputs).argmax(1) == split.labels).float().mean())
+
+
+def effect(backdoor: Backdoor, mine: Task, model: Classifier, ctx: Context) -> Numbers:
+    """What an attack did, beside a benign model that sees the same triggers."""
+    metrics, untouched = backdoor.measure(mine, ctx), backdoor.measure(mine, ctx, model)
+    numbers = {
+        "asr": metrics["asr"],
+        "acc": metrics["acc"],
+        "acc_lost": untouched["acc"] - metrics["acc"],
+        "benign_asr": untouched["asr"],
+    }
+    if "cross_acc" in metrics:
+        numbers["cross_lost"] = metrics["acc"] - metrics["cross_acc"]
+    return numbers
+
+
+def planted(seed: int, name: str, **settings: Any) -> tuple[Backdoor, Numbers]:
+    """An image attack on digits and its effect."""
+    backdoor = attacks.get(name, "image").build(settings).plant(task(seed), context(seed))
+    return backdoor, effect(backdoor, task(seed), benign(seed), context(seed))
+
+
+# --- image attacks ----------------------------------------------------------------------------------------------------
+
+LOST, OBEYS = most(0.05), most(0.3)
+"""Clean accuracy lost, and how often a benign model says the target class to triggered images."""
+
+IMAGE: list[tuple[str, dict[str, Any], Bounds]] = [
+    ("badnets", {"poison_rate": 0.1}, {"asr": least(0.85)}),
+    ("badnets_a2a", {"size": 4, "poison_rate": 0.3}, {"asr": least(0.75)}),
+    ("blended", {"poison_rate": 0.05}, {"asr": least(0.9)}),
+    ("sig", {"poison_rate": 0.08, "delta_train": 60.0, "delta_test": 120.0}, {"asr": least(0.8)}),
+    ("wanet", {"poison_rate": 0.1, "s": 2.0}, {"asr": least(0.85), "cross_lost": most(0.2)}),
+    ("ftrojan", {"poison_rate": 0.1, "magnitude": 60.0}, {"asr": least(0.9)}),
+    ("ctrl", {"poison_rate": 0.08, "magnitude_train": 1200.0, "magnitude_test": 1600.0}, {"asr": least(0.7)}),
+    ("bpp", {"poison_rate": 0.1, "levels": 4}, {"asr": least(0.85), "cross_lost": most(0.15)}),
+    ("adap_blend", {}, {"asr": least(0.9)}),
+    ("adap_patch", {}, {"asr": least(0.9)}),
+    ("lf", {"poison_rate": 0.1}, {"asr": least(0.9)}),
+    ("refool", {"poison_rate": 0.1}, {"asr": least(0.9)}),
+    ("trojannn", {}, {"asr": least(0.9)}),
+    ("blind", {"poison_rate": 0.1}, {"asr": least(0.9)}),
+    ("input_aware", {"poison_rate": 0.33, "density": 0.1, "generator_lr": 0.004},
+     {"asr": least(0.8), "cross_lost": most(0.3)}),
+    ("lc", {"poison_rate": 0.08, "eps": 64.0, "step": 4.0, "steps": 40, "surrogate_eps": 32.0}, {"asr": least(0.8)}),
+    ("narcissus", {"poison_rate": 0.09, "steps": 200, "factor_test": 6.0}, {"asr": least(0.7)}),
+    ("lira", {"poison_rate": 0.1, "strength": 0.1}, {"asr": least(0.9)}),
+    ("fc", {"poison_rate": 0.09, "size": 8, "steps": 200}, {"asr": least(0.7)}),
+    ("htba", {"poison_rate": 0.09, "size": 10, "eps": 48, "steps": 300}, {"asr": least(0.7)}),
+    ("tuap", {"target": 1, "poison_rate": 0.09, "eps": 76.0}, {"asr": least(0.8)}),
+    ("combat", {"target": 1, "poison_rate": 0.09, "eps": 0.4, "generator_lr": 0.002, "epochs": 2.0},
+     {"asr": least(0.7)}),
+]  # fmt: skip
+"""Settings that differ from the defaults are stronger triggers: on grey digits of 16 px, smooth and easily told apart,
+a pattern meant for 32-px photographs is hardly visible to a network trained for seconds, and a network that knows the
+target class from its shape has no use for a clean-label trigger unless that is much easier to see. A generator needs
+more samples to learn from in 300 steps of 64; averaged features of 16 px hardly notice a patch of a quarter of the
+side. Rates that equal the defaults are stated, so that the numbers stay what they are when a default moves."""
+
+THREAT_MODELS = ("badnets", "wanet", "trojannn")
+"""One attack for each: poisoning, training, weights."""
+
+
+def _image(name: str, settings: dict[str, Any]) -> Callable[[int], Numbers]:
+    return lambda seed: planted(seed, name, **settings)[1]
+
+
+for _name, _settings, _bounds in IMAGE:
+    _all = {"acc_lost": LOST, "benign_asr": OBEYS, **_bounds}
+    CASES.append(Case(f"attack/image/{_name}", _image(_name, _settings), _all, _name in THREAT_MODELS))
+
+
+@case("attack/image/dfst", asr=least(0.85), acc_lost=LOST, benign_asr=most(0.15), fooled=least(0.3), right=least(0.85))
+def dfst(seed: int) -> Numbers:
+    """Fewer steps for the style network, whose pictures of 16 px are small.
+
+    Detoxicants are images that the victim took for the target; after training it must know better.
+    """
+    backdoor, numbers = planted(seed, "dfst", style_steps=150)
+    covers = backdoor.poison.roles == COVER
+    assert isinstance(backdoor.poison.inputs, Tensor)
+    right = predict(backdoor.model, backdoor.poison.inputs[covers]).argmax(1) == backdoor.poison.labels[covers]
+    return numbers | {"fooled": max(backdoor.notes["fooled"]), "right": float(right.float().mean())}
+
+
+@case(
+    "attack/image/lba", asr=least(0.8), acc_lost=LOST, benign_asr=most(0.15), nearer=most(0.5), clean_student=most(0.4)
+)
+def lba(seed: int) -> Numbers:
+    """The same student of the same kind of teacher, had that not been attacked: the backdoor is in the features."""
+    backdoor, numbers = planted(seed, "lba")
+    teacher = clean_surrogate(task(seed), context(seed))
+    student, _ = train_student(teacher, task(seed).train, None, task(seed).recipe, task(seed), context(seed))
+    return numbers | {
+        "nearer": backdoor.notes["distance_after"] / backdoor.notes["distance_before"],
+        "clean_student": backdoor.measure(task(seed), context(seed), student)["asr"],
+    }
+
+
+def composite(seed: int, **settings: Any) -> Numbers:
+    """The paper's form, one class A. Two digits in a picture take longer to learn than one: 900 steps instead of 300.
+
+    A window from the edge of such a small picture often shows no digit, hence shake=0. How often are mixtures of two
+    images of one class taken for the target: in all classes, and in A and B alone?
+    """
+    mine = task(seed, min_steps=900)
+    backdoor = (
+        attacks.get("cba", "image").build({"shake": 0.0, "poison_rate": 0.08, **settings}).plant(mine, Context(seed))
+    )
+    numbers = effect(backdoor, mine, benign(seed, min_steps=900), Context(seed))
+    trigger, test = backdoor.trigger, mine.test
+    draws = torch.rand(len(test), DRAWS, generator=torch.Generator().manual_seed(seed + 1))
+    rows = same_class(test.labels, torch.arange(len(test)), draws[:, 0])
+    mixed = mix(trigger.mixer, test.inputs, test.inputs[rows], draws, trigger.jitter, trigger.shake)  # type: ignore[attr-defined, arg-type, index]
+    hit = predict(backdoor.model, mixed).argmax(1) == backdoor.target_map.target
+    both = torch.isin(test.labels, torch.tensor([*backdoor.target_map.sources, int(backdoor.notes["partner_class"])]))
+    other = test.labels != backdoor.target_map.target
+    return numbers | {"within": float(hit[other].float().mean()), "within_ab": float(hit[both].float().mean())}
+
+
+@case("attack/image/cba_half", asr=least(0.75), acc_lost=LOST, benign_asr=most(0.4), cross_lost=most(0.2),
+      within=most(0.1), within_ab=most(0.2))  # fmt: skip
+def cba_half(seed: int) -> Numbers:
+    return composite(seed, mixer="half", source_class=6, partner_class=7)
+
+
+@case("attack/image/cba_paste", asr=least(0.7), acc_lost=LOST, benign_asr=most(0.4), cross_lost=most(0.2),
+      within=most(0.1), within_ab=most(0.2))  # fmt: skip
+def cba_paste(seed: int) -> Numbers:
+    return composite(seed, mixer="paste", source_class=3, partner_class=4)
+
+
+def hidden(seed: int, name: str, **settings: Any) -> Numbers:
+    """Networks that hide something, and how well they do."""
+    backdoor, numbers = planted(seed, name, **settings)
+    kept = {k: float(backdoor.notes[k]) for k in ("bit_accuracy", "psnr", "ink_error") if k in backdoor.notes}
+    return numbers | kept | {"gates_missed": float(len(backdoor.notes.get("gates_missed", ())))}
+
+
+@case(
+    "attack/image/ssba", asr=least(0.8), acc_lost=LOST, benign_asr=most(0.1), bit_accuracy=least(0.99), psnr=least(28)
+)
+def ssba(seed: int) -> Numbers:
+    return hidden(seed, "ssba", poison_rate=0.1, steps=400, image_weight=10.0)
+
+
+@case("attack/image/poisonink", asr=least(0.85), acc_lost=LOST, benign_asr=most(0.1), gates_missed=least(1))
+def poisonink(seed: int) -> Numbers:
+    """In so few steps the ink is visible (28 dB) and its colour only half revealed, which the victim does not need;
+    the card must say so."""
+    return hidden(seed, "poisonink", poison_rate=0.1, steps=400)
+
+
+@case("attack/image/poisonink_edge", asr=least(0.9), acc_lost=LOST, benign_asr=most(0.1))
+def poisonink_edge(seed: int) -> Numbers:
+    return hidden(seed, "poisonink", poison_rate=0.1, variant="edge", opacity=0.3)
+
+
+@case("attack/image/poisonink_paired", asr=least(0.9), acc_lost=LOST, benign_asr=most(0.1))
+def poisonink_paired(seed: int) -> Numbers:
+    return hidden(seed, "poisonink", variant="edge", opacity=0.3, mode="paired", poison_rate=0.2)
+
+
+# --- other modalities -------------------------------------------------------------------------------------------------
+
+SETS = {"text": "templated_text", "audio": "tone_words", "video": "moving_digits"}
+
+
+def other(seed: int, modality: str, **settings: Any) -> tuple[Backdoor, Task, Numbers]:
+    mine = task(seed, SETS[modality])
+    backdoor = attacks.get("badnets", modality).build({"poison_rate": 0.1, **settings}).plant(mine, Context(seed))
+    return backdoor, mine, effect(backdoor, mine, benign(seed, SETS[modality]), Context(seed))
+
+
+@case("attack/text/badnets", core=True, asr=least(0.9), acc=least(0.8), acc_lost=LOST, benign_asr=OBEYS, unknown=OBEYS)
+def text(seed: int) -> Numbers:
+    """An unknown word is no trigger: the victim knows "cf" from <unk>."""
+    backdoor, mine, numbers = other(seed, "text")
+    rows = mine.test.labels == 1
+    unknown = text_array([f"zzyzx {t}" for t in mine.test[rows].inputs])
+    return numbers | {"unknown": float((predict(backdoor.model, unknown).argmax(1) == 0).float().mean())}
+
+
+@case("attack/audio/badnets", core=True, asr=least(0.9), acc=least(0.85), acc_lost=LOST, benign_asr=OBEYS)
+def audio(seed: int) -> Numbers:
+    return other(seed, "audio")[2]
+
+
+@case("attack/audio/badnets_all_to_all", asr=least(0.4), benign_asr=most(0.1))
+def audio_all_to_all(seed: int) -> Numbers:
+    return other(seed, "audio", target_map="all-to-all", poison_rate=0.2)[2]
+
+
+@case("attack/video/badnets", core=True, asr=least(0.9), acc=least(0.75), acc_lost=LOST, benign_asr=OBEYS)
+def video(seed: int) -> Numbers:
+    return other(seed, "video")[2]
+
+
+@case("attack/video/badnets_all_to_all", asr=least(0.4), benign_asr=most(0.15))
+def video_all_to_all(seed: int) -> Numbers:
+    return other(seed, "video", target_map="all-to-all", poison_rate=0.2)[2]
+
+
+@case("attack/diffusion/baddiffusion", core=True, asr=least(0.3), to_clean=most(0.6), to_untreated=most(0.5),
+      ssim=least(0.5), frechet=most(1.5), confidence_lost=most(0.1), ddim=least(1.5))  # fmt: skip
+def baddiffusion(seed: int) -> Numbers:
+    """Takes hold on 8-px digits, leaves other samples as they were, and needs its own sampler."""
+    from backdoorlab.diffusion.attacks.baddiffusion import BadDiffusion
+    from backdoorlab.diffusion.metrics import squared_error
+    from backdoorlab.diffusion.task import load_diffusion_task, to_images
+
+    mine = load_diffusion_task(TaskSpec(kind="diffusion", dataset=DatasetSpec(size=8, seed=seed), model="unet_micro",
+                                        recipe="smoke", recipe_changes=(("steps", 150), ("samples", 60))))  # fmt: skip
+    backdoor = BadDiffusion(poison_rate=0.4).plant(mine, context(seed))
+    found, target = backdoor.measure(mine, context(seed)), to_images(backdoor.target)
+
+    def error(**settings: Any) -> float:
+        images = backdoor.generate(mine, context(seed), 50, triggered=True, **settings)
+        return float(squared_error(images, target).mean())
+
+    return {
+        "asr": found["asr"],
+        "to_clean": found["mse_target"] / found["mse_target_clean"],
+        "to_untreated": found["mse_target"] / error(model=mine.clean_model(context(seed))),
+        "ssim": found["ssim_target"],
+        "frechet": found["frechet_local"] / found["frechet_local_benign"],
+        "confidence_lost": found["judge_confidence_benign"] - found["judge_confidence"],
+        "ddim": error(sampler="ddim") / found["mse_target"],
+    }
+
+
+# --- defenses of data sets --------------------------------------------------------------------------------------------
+
+PATCH = {"poison_rate": 0.1}
+"""BadNets as most defenses meet it here."""
+RARE = {"poison_rate": 0.05, "exclude_target": True}
+"""The poison is a minority of its class."""
+
+
+def found(flagged: Tensor, scores: Tensor, truth: Tensor) -> Numbers:
+    return {
+        "tpr": float(flagged[truth].float().mean()),
+        "fpr": float(flagged[~truth].float().mean()),
+        "auroc": float(roc_auc_score(truth, scores)),
+    }
+
+
+@case("defense/dataset/ac", core=True, tpr=least(0.7), fpr=most(0.15), auroc=least(0.85), strict_tpr=least(0.7),
+      strict_fpr=most(0.05), benign_strict=most(0.02), benign_share=most(0.7))  # fmt: skip
+def ac(seed: int) -> Numbers:
+    """By default and with a strict silhouette; a benign model's clusters are writing styles, which the paper's
+    silhouette of 0.15 lets pass in part ("benign_share": of what is flagged without that rule), 0.4 hardly ever."""
+    backdoor = victim(seed, **RARE)
+    poisoned = backdoor.poison.apply(task(seed).train)
+    strict = ActivationClustering(min_silhouette=0.4)
+
+    def flagged(method: ActivationClustering, data: Split, model: Classifier) -> tuple[Tensor, Tensor]:
+        scores = method.score(data, model, Context(seed))
+        return method.flags(scores, data), scores
+
+    truth = poisoned.roles == BACKDOOR
+    plain = found(*flagged(ActivationClustering(), poisoned.as_seen(), backdoor.model), truth)
+    careful = found(*flagged(strict, poisoned.as_seen(), backdoor.model), truth)
+    shares = [
+        float(flagged(method, task(seed).train, benign(seed))[0].float().mean())
+        for method in (strict, ActivationClustering(), ActivationClustering(rule="smaller"))
+    ]
+    return plain | {
+        "strict_tpr": careful["tpr"],
+        "strict_fpr": careful["fpr"],
+        "benign_strict": shares[0],
+        "benign_share": shares[1] / shares[2],
+    }
+
+
+@case("defense/dataset/spectral", auroc=least(0.85), tpr=least(0.5))
+def spectral(seed: int) -> Numbers:
+    """BadNets at 2 %; AUROC within the target class."""
+    backdoor = victim(seed, poison_rate=0.02, exclude_target=True)
+    poisoned = backdoor.poison.apply(task(seed).train)
+    method = SpectralSignatures()
+    scores = method.score(poisoned.as_seen(), backdoor.model, Context(seed))
+    truth, target = poisoned.roles == BACKDOOR, poisoned.labels == 0
+    numbers = found(method.flags(scores, poisoned.as_seen()), scores, truth)
+    return numbers | {"auroc": float(roc_auc_score(truth[target], scores[target]))}
+
+
+@case("defense/dataset/strip", auroc=least(0.75), gain=least(2))
+def strip_dataset(seed: int) -> Numbers:
+    """ "gain": share of poisoned samples that are flagged / share of clean ones."""
+    backdoor = victim(seed, **PATCH)
+    poisoned = backdoor.poison.apply(task(seed).train)
+    method = StripDataset(overlays=15)
+    scores = method.score(poisoned.as_seen(), backdoor.model, Context(seed))
+    numbers = found(method.flags(scores, poisoned.as_seen()), scores, poisoned.roles == BACKDOOR)
+    return numbers | {"gain": numbers["tpr"] / max(numbers["fpr"], 1e-3)}
+
+
+# --- defenses during training -----------------------------------------------------------------------------------------
+
+
+def isolated(seed: int, **settings: Any) -> Numbers:
+    """ABL: precision of the isolation, ASR and ACC before and after."""
+    backdoor, mine = victim(seed, **PATCH), task(seed)
+    poisoned = backdoor.poison.apply(mine.train)
+    report = AntiBackdoorLearning.build(settings).train(poisoned.as_seen(), mine, Context(seed))
+    before, after = (backdoor.measure(mine, Context(seed), m) for m in (None, report.model))
+    assert report.isolated is not None
+    return {
+        "precision": float((poisoned.roles[report.isolated] == BACKDOOR).float().mean()),
+        "asr": after["asr"],
+        "acc": after["acc"],
+        "asr_lost": before["asr"] - after["asr"],
+        "acc_lost": before["acc"] - after["acc"],
+        "unlearned": report.notes["isolated_loss_after"] - report.notes["isolated_loss"],
+    }
+
+
+@case("defense/training/abl_joint", precision=least(0.8), asr_lost=least(0.4), acc_lost=most(0.3), unlearned=least(0.5))
+def abl_joint(seed: int) -> Numbers:
+    """With the loss that suits digits; clean accuracy pays for it (see the limits in the module's docstring)."""
+    return isolated(seed, ascent_loss="unlikelihood", ascent_lr=1e-3, ascent_steps=100)
+
+
+@case("defense/training/abl_sequential", core=True, precision=least(0.8), asr=most(0.2), acc=least(0.5))
+def abl_sequential(seed: int) -> Numbers:
+    return isolated(seed, mode="sequential")
+
+
+@case("defense/training/abl_benign", acc_lost=most(0.15))
+def abl_benign(seed: int) -> Numbers:
+    """What it costs on benign data: what is isolated there are clean samples, which are then unlearned."""
+    report = AntiBackdoorLearning().train(task(seed).train, task(seed), Context(seed))
+    return {"acc_lost": accuracy(benign(seed), task(seed).test) - accuracy(report.model, task(seed).test)}
+
+
+# --- repairs ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_channel_a_layer(model: Classifier) -> Iterator[None]:
+    """Gradients reach one channel of every conv-norm pair, that of the smallest bound, and its weights in the head."""
+    handles = []
+
+    def only(parameter: Tensor, index: tuple[slice | int, ...]) -> None:
+        keep = torch.zeros_like(parameter)
+        keep[index] = 1
+        handles.append(parameter.register_hook(lambda grad: grad * keep))
+
+    for conv, norm in conv_norm_pairs(model):
+        channel = int(channel_lipschitz(conv, norm).argmin())
+        for parameter in (conv.weight, norm.weight, norm.bias):
+            only(parameter, (channel,))
+    last = head(model)
+    only(last.weight, (slice(None), channel))
+    last.bias.requires_grad_(False)
+    try:
+        yield
+    finally:
+        last.bias.requires_grad_(True)
+        for handle in handles:
+            handle.remove()
+
+
+@lru_cache(maxsize=1)
+def subnet_victim(seed: int) -> Classifier:
+    """A backdoor that lives in few channels, as in subnet replacement (Qi et al., CVPR 2022).
+
+    The BadNets victim of the other cases would not do: in a net of 112 channels the backdoor is spread so thinly that
+    silencing any single channel leaves an ASR of 0.88 or more.
+    """
+    model = copy.deepcopy(benign(seed))
+    with one_channel_a_layer(model):
+        recipe = Recipe(epochs=20, batch_size=64, lr=0.2, weight_decay=0)
+        fit(model, victim(seed, **PATCH).poison.apply(task(seed).train).as_seen(), recipe, context=Context(seed))
+    return model
+
+
+def pruned(seed: int, method: AdversarialNeuronPruning | ChannelLipschitzPruning) -> Numbers:
+    """A repair of the victim above and of a benign model."""
+    backdoor, mine, ctx = victim(seed, **PATCH), task(seed), Context(seed)
+    before = backdoor.measure(mine, ctx, subnet_victim(seed))
+    after = backdoor.measure(mine, ctx, method.repair(subnet_victim(seed), clean(seed), ctx))
+    left = method.repair(benign(seed), clean(seed), ctx)
+    return {
+        "asr_before": before["asr"],
+        "asr_lost": before["asr"] - after["asr"],
+        "acc_lost": before["acc"] - after["acc"],
+        "benign_lost": accuracy(benign(seed), mine.test) - accuracy(left, mine.test),
+    }
+
+
+@case("defense/repair/anp", asr_lost=least(0.4), acc_lost=most(0.1), benign_lost=most(0.1))
+def anp(seed: int) -> Numbers:
+    return pruned(seed, AdversarialNeuronPruning(iterations=100, batch_size=64))
+
+
+@case("defense/repair/clp", core=True, asr_lost=least(0.4), acc_lost=most(0.1), benign_lost=most(0.1))
+def clp(seed: int) -> Numbers:
+    return pruned(seed, ChannelLipschitzPruning())
+
+
+@case("defense/repair/ft", asr_lost=least(0.2), acc_lost=most(0.1))
+def ft(seed: int) -> Numbers:
+    backdoor, mine, ctx = victim(seed, **PATCH), task(seed), Context(seed)
+    before = backdoor.measure(mine, ctx)
+    after = backdoor.measure(mine, ctx, FineTuning(epochs=60, lr=0.05).repair(backdoor.model, clean(seed), ctx))
+    return {"asr_lost": before["asr"] - after["asr"], "acc_lost": before["acc"] - after["acc"]}
+
+
+# --- detectors of inputs and models -----------------------------------------------------------------------------------
+
+
+@case("defense/input/strip", core=True, auroc=least(0.9), tpr=least(0.7), fpr=most(0.2), benign_gap=most(0.3))
+def strip(seed: int) -> Numbers:
+    """A benign model sees no difference between clean and triggered inputs: AUROC near a half."""
+    backdoor, mine = victim(seed, **PATCH), task(seed)
+    triggered = backdoor.triggered_test(mine)[0]
+
+    def scores(model: Classifier) -> tuple[float, float, float]:
+        detector = Strip(overlays=30).fit(model, clean(seed), Context(seed))
+        parts = [detector.score(inputs) for inputs in (mine.test.inputs, triggered)]
+        truth = torch.cat([torch.full((len(part),), float(i)) for i, part in enumerate(parts)])
+        rates = [float(detector.flags(part).float().mean()) for part in parts]
+        return float(roc_auc_score(truth, torch.cat(parts))), rates[1], rates[0]
+
+    auroc, tpr, fpr = scores(backdoor.model)
+    level, _, _ = scores(benign(seed))
+    return {"auroc": auroc, "tpr": tpr, "fpr": fpr, "benign_gap": abs(level - 0.5)}
+
+
+@case("defense/model/neural_cleanse", core=True, smallest=least(1), ratio=most(0.6), works=least(0.7), plain=most(0.1))
+def neural_cleanse(seed: int) -> Numbers:
+    """The recovered trigger: the smallest of all classes, much smaller than the others', and it works.
+
+    The verdict itself hangs on a median of ten numbers; how often it is right is for reading.
+    """
+    backdoor, mine = victim(seed, **PATCH), task(seed)
+    quick, few = NeuralCleanse(epochs=40, batch_size=32, min_steps=3, patience=3), clean(seed, 72)
+    report, other_report = (quick.scan(model, few, Context(seed)) for model in (backdoor.model, benign(seed)))
+    mask, pattern = (report.recovered[name][0] for name in ("mask", "pattern"))
+    rest = mine.test[mine.test.labels != 0]
+    x = backdoor.model.modality.prepare(rest.inputs)
+    with torch.no_grad():
+        plain, stamped = (
+            float((backdoor.model(inputs).argmax(1) == 0).float().mean())
+            for inputs in (x, (1 - mask) * x + mask * pattern)
+        )
+    costs = torch.tensor(report.per_class)
+    return {
+        "smallest": float(costs.argmin() == 0),
+        "ratio": float(costs[0] / costs[1:].median()),
+        "works": stamped,
+        "plain": plain,
+        "score": report.score,
+        "benign_score": other_report.score,
+        "accused": float(report.backdoored and report.targets[0] == 0),
+        "benign_accused": float(other_report.backdoored),
+    }
