@@ -7,9 +7,9 @@
 
 Each seed under each environment is a process of its own, which appends a line per case; what the file has is not
 measured again, so an interrupted run goes on where it was. The report prints, for each asserted number, how many draws
-there are, the lowest, the median and the highest, the bound in force and the one that the draws propose: beyond the worst
-draw by as much as that is from the median, and by 0.02 (or 2 %) at least. A bound that is tighter is marked with "!",
-one that a draw breaks with "!!".
+there are, the lowest, the median and the highest, the bound in force and the one that the draws propose: beyond the
+worst draw by as much as that is from the median, and by 0.02 (or 2 %) at least. A bound that is tighter is marked
+with "!", one that a draw breaks with "!!".
 """
 
 from __future__ import annotations
