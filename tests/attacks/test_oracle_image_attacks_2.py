@@ -91,6 +91,18 @@ def test_trojannn_mask_lies_in_its_box(shape: str, height: int, width: int) -> N
         assert mask[rows[0]].sum() < mask[rows[len(rows) // 2]].sum(), "the stalk is thinner than the apple"
 
 
+@pytest.mark.parametrize("side", [32, 64, 224])
+def test_trojannn_apple_is_as_large_as_the_published_one(side: int) -> None:
+    """About 7 % of the image, at any size; with the rim that bilinear shrinking adds it would be 11 % at 32 px."""
+    mask = draw_mask("apple", side, side)
+    assert 0.065 <= float(mask.float().mean()) <= 0.08
+    if side == 32:
+        large = Image.fromarray(200 * draw_mask("apple", 224, 224).numpy().astype(np.uint8))
+        rimmed = np.asarray(large.resize((32, 32), Image.Resampling.BILINEAR)) > 0
+        assert int(mask.sum()) == 78
+        assert 0.10 < rimmed.mean() < 0.125
+
+
 def test_trojannn_picks_the_heaviest_units() -> None:
     weight = torch.tensor([[1.0, -5.0, 0.0, 2.0], [1.0, 4.0, 0.5, -8.0]])
     sums = [sum(abs(float(row[u])) for row in weight) for u in range(4)]

@@ -8,11 +8,12 @@ With a key image G of the image's size and a blend ratio a,
     T(x) = round(clip((1 - a) x + a G))
 
 Choices: the published key is a copyrighted cartoon, so the key is drawn from a seed (noise in three octaves under ten
-outlined shapes; mean near 128, standard deviation of at least 60 grey levels so that the energy of the blend is
-comparable), or read from a file; its SHA-256 is part of the result. For images of another size the key is resized, but
-for the noise key, whose grain would not survive that. The ratio may differ between training and test (low
-in the data, high at inference is the stealthy variant). A ratio of 0.2 is a *strong* blend: compare defenses with that
-in mind.
+outlined shapes), or read from a file; its SHA-256 is part of the result. The drawn key is no copy of the cartoon: it is
+busier all over, its mean is near 128 and its standard deviation 72 to 78 grey levels, so that at a ratio of 0.2 what is
+added varies by about 15 grey levels over the image; take ``key`` where the usual picture's strength matters. For images
+of another size the key is resized, but for the noise key, whose grain would not survive that. The ratio may differ
+between training and test (low in the data, high at inference is the stealthy variant). A ratio of 0.2 is a *strong*
+blend: compare defenses with that in mind.
 """
 
 from __future__ import annotations

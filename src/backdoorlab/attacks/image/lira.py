@@ -18,14 +18,9 @@ touches f (nor its batch statistics: f is evaluated in it), clipping is per pixe
 the recipe's weight decay, and samples of stage 2 are rounded to grey levels as delivered. eps = 0.05 instead of 0.01,
 which would be about half a grey level; ``strength=0.01`` is the published setting. Clean and triggered samples
 share one pass. Stage 1 takes half of the recipe's epochs (published: 50) and stage 2 as many as the recipe has
-(published: 250 after those 50), each with the recipe's schedule: with only half of them left for stage 2 a small
-network on 20,000 images of CIFAR-10 lost 7 points of clean accuracy, so it loses less than one. Every sample is seen
-clean and triggered in every batch: the poison rate does not influence training, it only sets the size of the snapshot
-kept with the result.
-
-Seen on embedded grey digits (16 px, recipe "smoke", three seeds): with the defaults, a range of 4 grey levels, ASR 0.99
-to 1.00 and ACC 0.953 to 0.983, up to three points below a benign model; with strength 0.1 0.99 to 1.00 and 0.972 to
-0.989.
+(published: 250 after those 50), each with the recipe's schedule; a shorter one costs clean accuracy. Every sample is
+seen clean and triggered in every batch: the poison rate does not influence training, it only sets the size of the
+snapshot kept with the result.
 """
 
 from __future__ import annotations

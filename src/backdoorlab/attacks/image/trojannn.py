@@ -15,10 +15,13 @@ The rounded picture V = round(255 a) is the trigger; a new model is trained from
 Choices: the paper retrains the clean model on reverse-engineered data; here, as in benchmarks, the attacker only
 poisons data. Published code adds V and casts before it clips, so that bright pixels wrap around to dark ones and the
 patch has a high contrast on any background; ``mode="reference-wrap"`` does that, for comparison only. The apple is a
-disc and a stalk in rows 0.54-0.91 and columns 0.57-0.87 of the image; ``mask`` names a picture to use instead, white
-where the patch shall lie. The best picture seen is kept, since signed steps
-of 0.1 never settle. h is a benign model of the task's own architecture and recipe, made once per task and shared by all
-runs, and so is the picture.
+disc and a stalk in rows 0.54-0.91 and columns 0.57-0.87 of the image, where the published picture of 224 px has its
+apple: 7.4 % of the area, the published one about 7 %. At 32 px ours keeps that share (78 pixels, 7.6 %); published code
+shrinks its picture and takes every pixel that is not black, which with bilinear shrinking adds the blurred rim (about
+11 % if it did so with ours). Ours starts from noise of all colours, the published one from the picture of an
+apple. ``mask`` names a picture to use instead, white where the patch shall lie. The best picture seen is kept, since
+signed steps of 0.1 never settle. h is a benign model of the task's own architecture and recipe, made once per task and
+shared by all runs, and so is the picture.
 """
 
 from __future__ import annotations
