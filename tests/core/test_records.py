@@ -21,13 +21,24 @@ def bomb(levels: int = 9) -> bytes:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("a: 1e-2", 0.01), ("a: 1.5E+3", 1500.0), ("a: -.5", -0.5), ("a: 5", 5), ("a: 010", 10), ("a: 0x1F", 31),
-        ("a: 2024-01-01", "2024-01-01"), ("a: 1:30", "1:30"), ("a: =", "="), ("a:", None), ("a: no", False),
+        ("a: 1e-2", 0.01),
+        ("a: 1.5E+3", 1500.0),
+        ("a: -.5", -0.5),
+        ("a: 5", 5),
+        ("a: 010", 10),
+        ("a: 0x1F", 31),
+        ("a: 2024-01-01", "2024-01-01"),
+        ("a: 1:30", "1:30"),
+        ("a: =", "="),
+        ("a:", None),
+        ("a: no", False),
         ("a: '1e-2'", "1e-2"),
-        ("x: &b {y: [1]}\na: *b", {"y": [1]}), ("x: &b {y: 1}\na: {<<: *b, z: 2}", {"y": 1, "z": 2}),
-        ("a: 9223372036854775807", 2**63 - 1), ("\ufeffa: é", "é"),
+        ("x: &b {y: [1]}\na: *b", {"y": [1]}),
+        ("x: &b {y: 1}\na: {<<: *b, z: 2}", {"y": 1, "z": 2}),
+        ("a: 9223372036854775807", 2**63 - 1),
+        ("\ufeffa: é", "é"),
     ],
-)  # fmt: skip
+)
 def test_plain_values(text: str, value: object):
     assert parse_yaml(text.encode(), "f")["a"] == value
 
@@ -83,12 +94,15 @@ def test_an_alias_bomb_takes_no_memory():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[" * 100_000, "nested too deeply"), (b"NaN", "NaN is no JSON number"), (b"1e999", "too large"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"NaN", "NaN is no JSON number"),
+        (b"1e999", "too large"),
         (b"9" * 5_000, "an integer of 5000 digits"),
-        (b'"\\ud800"', "half of a surrogate pair"), (b'{"a":', "not valid JSON"),
+        (b'"\\ud800"', "half of a surrogate pair"),
+        (b'{"a":', "not valid JSON"),
         (b"\xff", "not valid JSON"),
     ],
-)  # fmt: skip
+)
 def test_json_that_is_refused(content: bytes, message: str):
     with pytest.raises(ArtifactError, match=message) as caught:
         parse_json(content, "record.json")
@@ -106,6 +120,13 @@ def test_values_in_messages_are_short():
     for value in (nested, "x" * 10**6, 10**6000, {i: i for i in range(10**5)}, b"x" * 500, {"a": nested}):
         assert len(shown(value)) <= 80
     assert [shown(v) for v in (5, 1.5, True, None, "a'b", [1, "x"], {"a": 1})] == [
-        "5", "1.5", "True", "None", '"a\'b"', "[1, 'x']", "{'a': 1}"]  # fmt: skip
+        "5",
+        "1.5",
+        "True",
+        "None",
+        '"a\'b"',
+        "[1, 'x']",
+        "{'a': 1}",
+    ]
     assert brief("a\nb\x1b[31m") == "a b\\x1b[31m"
     assert len(brief("x" * 1000)) <= 80

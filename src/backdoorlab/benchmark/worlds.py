@@ -22,6 +22,7 @@ from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict
 from backdoorlab.training.loop import FitLog
+from backdoorlab.training.recipes import Recipe, recipe_for, typed_changes
 from backdoorlab.training.task import Task, TaskSpec
 
 State = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
@@ -41,6 +42,38 @@ def load_task(spec: TaskSpec, root: str | Path | None, download: bool) -> Task:
     if spec.kind != "classifier":
         raise ArtifactError(f"unknown kind of task {spec.kind!r}; known: classifier, diffusion")
     return Task.load(spec, root=root, download=download)
+
+
+def recipe_changes(kind: str, given: Mapping[str, object]) -> tuple[tuple[str, Any], ...]:
+    """Changes of a recipe's fields, as :class:`TaskSpec` holds them, with values of the right type.
+
+    Args:
+        kind: of the task.
+        given: values, or text that stands for them, by field.
+
+    Raises:
+        InputError: for an unknown field, or a value of another type.
+    """
+    if kind == "diffusion":
+        from backdoorlab.diffusion.task import DiffusionRecipe
+
+        return tuple(typed_changes(DiffusionRecipe, given, "diffusion recipe").items())
+    return tuple(typed_changes(Recipe, given).items())
+
+
+def check_recipe(spec: TaskSpec, modality: str) -> None:
+    """Build the recipe of a task before its data are loaded.
+
+    Raises:
+        InputError: for an unknown recipe or field, or a value of the wrong type or out of range.
+    """
+    changes = dict(spec.recipe_changes)
+    if spec.kind == "diffusion":
+        from backdoorlab.diffusion.task import diffusion_recipe_for
+
+        diffusion_recipe_for(spec.recipe, **changes)
+    else:
+        recipe_for(modality, spec.recipe, **changes)
 
 
 def backdoor_state(backdoor: Backdoor) -> State:

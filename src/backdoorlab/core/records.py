@@ -55,7 +55,7 @@ def parse_yaml(content: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not valid YAML: byte {error.start} is not UTF-8") from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        mark: Any = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise InputError(f"{where}: not valid YAML: {place}{brief(error.problem or 'cannot be read', 200)}") from None
     except yaml.YAMLError as error:
@@ -120,7 +120,7 @@ class _Loader(yaml.SafeLoader):
     yaml_constructors: ClassVar[dict[Any, Any]] = {
         _TAG + name: yaml.SafeLoader.yaml_constructors[_TAG + name] for name in ("null", "bool", "float", "seq", "map")
     }
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {
+    yaml_implicit_resolvers: dict[Any, Any] = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in found if tag.removeprefix(_TAG) in ("null", "bool", "merge")]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -136,10 +136,11 @@ class _Loader(yaml.SafeLoader):
         event: Any = self.peek_event()
         before = self.values
         if isinstance(event, yaml.AliasEvent):
+            mark: Any = event.start_mark
             node: Any = super().compose_node(parent, index)
             if id(node) not in self.sizes:
-                raise yaml.MarkedYAMLError(problem="an alias inside of what it names", problem_mark=event.start_mark)
-            self._grow(self.sizes[id(node)], self.heights[id(node)], event.start_mark)
+                raise yaml.MarkedYAMLError(problem="an alias inside of what it names", problem_mark=mark)
+            self._grow(self.sizes[id(node)], self.heights[id(node)], mark)
             return node
         self.depth += 1
         text = event.value if isinstance(event, yaml.ScalarEvent) else ""
@@ -207,7 +208,7 @@ def _refused(loader: _Loader, node: Any) -> Any:
 
 _Loader.add_constructor(_TAG + "int", _integer)
 _Loader.add_constructor(_TAG + "str", _text)
-_Loader.add_constructor(None, _refused)  # type: ignore[type-var]
+_Loader.add_constructor(None, _refused)
 _Loader.add_implicit_resolver(
     _TAG + "int", re.compile(r"^([-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+)$"), list("-+0123456789")
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +20,21 @@ from backdoorlab.modalities.image import ImageModality, to_uint8
 from backdoorlab.models.classifier import Classifier, build_model, default_model
 from backdoorlab.training.context import Context, Tensors
 from backdoorlab.training.loop import FitLog, fit
-from backdoorlab.training.recipes import Recipe, recipe_for
+from backdoorlab.training.recipes import Recipe, check_ranges, recipe_for, typed_changes
 from backdoorlab.training.task import TaskSpec
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "timesteps": (25, 10**6),
+    "steps": (1, 10**9),
+    "lr": (0, 10**6),
+    "tune_steps": (1, 10**9),
+    "tune_lr": (0, 10**6),
+    "batch_size": (1, 2**31),
+    "ddim_steps": (1, 10**6),
+    "samples": (2, 10**9),
+    "triggered_samples": (1, 10**9),
+}
+"""Smallest and largest value of each number in a diffusion recipe; the rates must exceed 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +70,10 @@ class DiffusionRecipe:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        for field, low in (("timesteps", 25), ("steps", 1), ("tune_steps", 1), ("batch_size", 1), ("ddim_steps", 1),
-                           ("samples", 2), ("triggered_samples", 1)):  # fmt: skip
-            if getattr(self, field) < low:
-                raise InputError(f"diffusion recipe: {field} must be at least {low}, got {getattr(self, field)}")
+        check_ranges("diffusion recipe", self, _RANGES)
         for field in ("lr", "tune_lr"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise InputError(f"diffusion recipe: {field} must be > 0, got {getattr(self, field)}")
+            if not getattr(self, field):
+                raise InputError(f"diffusion recipe: {field} must be > 0, got 0")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise unknown("precision", self.precision, ("auto", "bf16", "fp32"))
         recipe_for("image", self.judge)
@@ -177,6 +186,17 @@ class DiffusionTask:
         return {"dataset": dataclasses.asdict(self.spec.dataset), "model": self.spec.model, "recipe": recipe}
 
 
+def diffusion_recipe_for(name: str, **changes: object) -> DiffusionRecipe:
+    """A diffusion recipe by name, with some fields changed.
+
+    Raises:
+        InputError: for an unknown recipe or field, or a value of the wrong type or out of range.
+    """
+    if name not in RECIPES:
+        raise unknown("diffusion recipe", name, RECIPES)
+    return dataclasses.replace(RECIPES[name], **typed_changes(DiffusionRecipe, changes, "diffusion recipe"))
+
+
 def load_diffusion_task(spec: TaskSpec, root: str | Path | None = None, download: bool = False) -> DiffusionTask:
     """Load the data of a generative task and resolve model and recipe.
 
@@ -191,14 +211,7 @@ def load_diffusion_task(spec: TaskSpec, root: str | Path | None = None, download
     """
     if spec.kind != "diffusion":
         raise InputError(f"a diffusion task needs a spec of kind 'diffusion', got {spec.kind!r}")
-    if spec.recipe not in RECIPES:
-        raise unknown("diffusion recipe", spec.recipe, RECIPES)
-    fields = {f.name for f in dataclasses.fields(DiffusionRecipe)} - {"name"}
-    for key, _ in spec.recipe_changes:
-        if key not in fields:
-            raise unknown("diffusion recipe field", key, fields)
-    changes = cast(dict[str, Any], dict(spec.recipe_changes))
-    recipe = dataclasses.replace(RECIPES[spec.recipe], **changes)
+    recipe = diffusion_recipe_for(spec.recipe, **dict(spec.recipe_changes))
     dataset = load_dataset(spec.dataset, root=root, download=download)
     if dataset.modality != "image":
         raise InputError(f"diffusion tasks need images, {dataset.name} is {dataset.modality} data")

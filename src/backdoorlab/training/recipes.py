@@ -14,9 +14,16 @@ from backdoorlab.core.excerpt import shown
 from backdoorlab.core.method import convert
 
 _RANGES: dict[str, tuple[float, float]] = {
-    "epochs": (0, 10**6), "batch_size": (1, 2**31), "lr": (0, 10**6), "momentum": (0, 1), "weight_decay": (0, 10**6),
-    "milestones": (0, 10**6), "warmup": (0, 1), "clip": (0, math.inf), "min_steps": (0, 10**9),
-}  # fmt: skip
+    "epochs": (0, 10**6),
+    "batch_size": (1, 2**31),
+    "lr": (0, 10**6),
+    "momentum": (0, 1),
+    "weight_decay": (0, 10**6),
+    "milestones": (0, 10**6),
+    "warmup": (0, 1),
+    "clip": (0, math.inf),
+    "min_steps": (0, 10**9),
+}
 """Smallest and largest value of each number in a recipe."""
 
 
