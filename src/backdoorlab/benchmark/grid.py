@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from backdoorlab.attacks.base import attacks
@@ -31,12 +31,19 @@ from backdoorlab.benchmark.card import Card
 from backdoorlab.benchmark.engine import Engine, LocalEngine
 from backdoorlab.benchmark.runner import Runner
 from backdoorlab.benchmark.spec import Experiment, MethodSpec, canonical
-from backdoorlab.core.errors import InputError, nearest
+from backdoorlab.benchmark.worlds import check_recipe, recipe_changes
+from backdoorlab.core.canonical import MAX_SEED
+from backdoorlab.core.errors import InputError, nearest, unknown
+from backdoorlab.core.excerpt import brief, shown
+from backdoorlab.core.paths import printable, read_bytes
+from backdoorlab.core.records import YAML_BYTES, parse_yaml
 from backdoorlab.core.registry import Registry
 from backdoorlab.data.sources import DatasetSpec, datasets
 from backdoorlab.defenses.base import defenses
-from backdoorlab.training.recipes import recipe_for
 from backdoorlab.training.task import TaskSpec
+
+MOST_STAGES = 1_000_000
+"""Stages that a grid may have: a second each is twelve days."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,8 @@ class GridReport:
 class Grid:
     """tasks x attacks x defenses x seeds.
 
+    Aliases of attacks and defenses are replaced by the registered names.
+
     Attributes:
         name: of the grid.
         tasks: at least one.
@@ -102,6 +111,10 @@ class Grid:
     clean_fraction: float | None = None
     retrain: bool = True
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attacks", tuple(_named(attacks, method) for method in self.attacks))
+        object.__setattr__(self, "defenses", tuple(_named(defenses, method) for method in self.defenses))
+
     @classmethod
     def from_yaml(cls, path: str | Path) -> Grid:
         """Read and validate a grid.
@@ -109,22 +122,19 @@ class Grid:
         Raises:
             InputError: one line with the file's name, the place, and the nearest valid choice.
         """
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        path = Path(path)
+        where = printable(path)
+        content = parse_yaml(read_bytes(path, YAML_BYTES), where)
         if not isinstance(content, dict):
-            raise InputError(f"{path}: a grid is a mapping with {', '.join(_GridFile.model_fields)}")
+            raise InputError(f"{where}: a grid is a mapping with {', '.join(_GridFile.model_fields)}")
         try:
-            read = _GridFile.model_validate({"name": Path(path).stem} | content)
+            read = _GridFile.model_validate({"name": printable(path.stem)} | content)
             grid = read.grid()
             grid.check()
         except ValidationError as error:
-            raise InputError(f"{path}: {_first(error)}") from None
+            raise InputError(f"{where}: {_first(error)}") from None
         except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+            raise InputError(f"{where}: {error}") from None
         return grid
 
     def check(self) -> None:
@@ -133,11 +143,13 @@ class Grid:
         Raises:
             InputError: for the first mistake.
         """
+        count = len(self.tasks) * len(self.seeds) * (1 + len(self.attacks)) * (1 + len(self.defenses))
+        if count > MOST_STAGES:
+            raise InputError(f"a grid of {count:,} stages; expected at most {MOST_STAGES:,}")
         modalities = [_modalities(task) for task in self.tasks]
         for task, served in zip(self.tasks, modalities, strict=True):
-            if served[0] != "diffusion":
-                for modality in served:
-                    recipe_for(modality, task.recipe, **dict(task.recipe_changes))
+            for modality in served:
+                check_recipe(task, modality)
         wanted = {m for served in modalities for m in served}
         for registry, methods in ((attacks, self.attacks), (defenses, self.defenses)):
             for method in methods:
@@ -188,16 +200,19 @@ def run_grid(
         StoreError: if the store cannot be written (any longer).
     """
     report, stages = GridReport(), plan(grid)
-    for stage, result in (engine or LocalEngine()).execute(stages, runner, fresh=not resume):
-        if isinstance(result, str):
-            report.refused.append((stage, result))
-            continue
-        card, reused = result
-        report.cards[stage.index] = card
-        if reused:
-            report.reused.add(stage.index)
-        if on_card is not None:
-            on_card(stage, card, reused)
+    # Closed at once if an error or Ctrl-C ends the loop: whatever works for the engine must end with it.
+    results = (engine or LocalEngine()).execute(stages, runner, fresh=not resume)
+    with closing(results):
+        for stage, result in results:
+            if isinstance(result, str):
+                report.refused.append((stage, result))
+                continue
+            card, reused = result
+            report.cards[stage.index] = card
+            if reused:
+                report.reused.add(stage.index)
+            if on_card is not None:
+                on_card(stage, card, reused)
     return report
 
 
@@ -225,13 +240,15 @@ class _Task(_Strict):
     data_seed: int = 0
     model: str = "auto"
     recipe: str = "fast"
-    recipe_changes: dict[str, float | int | str | bool] = {}
+    recipe_changes: dict[str, Any] = {}
     kind: str = "classifier"
 
     def spec(self) -> TaskSpec:
+        if self.kind not in KINDS:
+            raise unknown("kind of task", self.kind, KINDS)
         data = DatasetSpec(name=self.dataset, size=self.size, train_size=self.train_size, test_size=self.test_size,
                            seed=self.data_seed)  # fmt: skip
-        changes = tuple(sorted(self.recipe_changes.items()))
+        changes = tuple(sorted(recipe_changes(self.kind, self.recipe_changes)))
         return TaskSpec(dataset=data, model=self.model, recipe=self.recipe, recipe_changes=changes, kind=self.kind)
 
 
@@ -239,11 +256,11 @@ _Methods = Annotated[list[Annotated[_Method, BeforeValidator(_as_method)]], Fiel
 
 
 class _GridFile(_Strict):
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     tasks: Annotated[list[_Task], Field(min_length=1)]
     attacks: _Methods
     defenses: _Methods
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, le=MAX_SEED)]], Field(min_length=1)]
     clean_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     retrain: bool = True
 
@@ -254,6 +271,7 @@ class _GridFile(_Strict):
         return Grid(self.name, tasks, planting, defending, tuple(self.seeds), self.clean_fraction, self.retrain)
 
 
+KINDS = ("classifier", "diffusion")
 _PARTS: dict[str, type[BaseModel]] = {"tasks": _Task, "attacks": _Method, "defenses": _Method}
 
 
@@ -264,22 +282,27 @@ def _first(error: ValidationError) -> str:
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in place).lstrip(".")
     if problem["type"] == "extra_forbidden":
         names = list((_PARTS.get(str(place[0]), _GridFile) if len(place) > 1 else _GridFile).model_fields)
-        return f"unknown key {where!r}.{nearest(str(place[-1]), names)} Expected: {', '.join(names)}"
+        return f"unknown key {brief(where)!r}.{nearest(str(place[-1]), names)} Expected: {', '.join(names)}"
     if problem["type"] == "missing":
         return f"{where!r} is missing"
     if problem["type"] == "too_short":
         return f"{where!r} is empty; it needs at least one entry"
-    return f"{where!r}: {problem['msg']}, got {problem['input']!r}"
+    return f"{where!r}: {problem['msg']}, got {shown(problem['input'])}"
 
 
 def _modalities(task: TaskSpec) -> tuple[str, ...]:
     """Modalities that a task's data may have; one, except for folders, which say so only when they are read."""
     if task.kind == "diffusion":
         return ("diffusion",)
-    if task.kind != "classifier":
-        raise InputError(f"unknown kind of task {task.kind!r}. Choose one of: classifier, diffusion")
+    if task.kind not in KINDS:
+        raise unknown("kind of task", task.kind, KINDS)
     head, colon, _ = task.dataset.name.partition(":")
     return tuple(datasets.get(head + colon).modalities)
+
+
+def _named(registry: Registry[Any], method: MethodSpec) -> MethodSpec:
+    """The method under its registered name; every later look-up in a grid is by that."""
+    return dataclasses.replace(method, name=registry.canonical(method.name))
 
 
 def _serves(registry: Registry[Any], method: MethodSpec, modalities: tuple[str, ...]) -> bool:
