@@ -6,11 +6,15 @@ are computed, and locks keep two from computing one. An engine therefore only de
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -34,7 +38,9 @@ _BLOCKED = "not run: what it stands on was refused"
 class Engine(Protocol):
     """Executes a plan."""
 
-    def execute(self, stages: Sequence[Stage], runner: Runner, *, fresh: bool) -> Iterator[tuple[Stage, Result]]:
+    def execute(
+        self, stages: Sequence[Stage], runner: Runner, *, fresh: bool
+    ) -> Generator[tuple[Stage, Result], None, None]:
         """Yield every stage once, with its result, a parent before its children.
 
         Args:
@@ -57,7 +63,9 @@ class LocalEngine:
     def __init__(self, devices: Sequence[str] = ()) -> None:
         self.devices = tuple(devices)
 
-    def execute(self, stages: Sequence[Stage], runner: Runner, *, fresh: bool) -> Iterator[tuple[Stage, Result]]:
+    def execute(
+        self, stages: Sequence[Stage], runner: Runner, *, fresh: bool
+    ) -> Generator[tuple[Stage, Result], None, None]:
         """See :class:`Engine`."""
         if len(self.devices) > 1:
             yield from self._spread(stages, runner, fresh)
@@ -69,31 +77,70 @@ class LocalEngine:
                 refused.add(stage.index)
             yield stage, result
 
-    def _spread(self, stages: Sequence[Stage], runner: Runner, fresh: bool) -> Iterator[tuple[Stage, Result]]:
-        spawn = multiprocessing.get_context("spawn")
+    def _spread(
+        self, stages: Sequence[Stage], runner: Runner, fresh: bool
+    ) -> Generator[tuple[Stage, Result], None, None]:
+        spawn = _Spawn()
         queue = spawn.SimpleQueue()
         for device in self.devices:
             queue.put(device)
         threads = max(1, (os.cpu_count() or 1) // len(self.devices))
-        settings = (queue, getattr(runner.store, "url", str(runner.store.root)), runner.root, runner.download, threads)
+        # Nothing is ever sent: workers wait for the end of the pipe, which the death of this process brings about.
+        lifeline, ours = spawn.Pipe(duplex=False)
+        store = getattr(runner.store, "url", str(runner.store.root))
+        settings = (lifeline, queue, store, runner.root, runner.download, threads)
         children = {s.index: [c for c in stages if c.parent == s.index] for s in stages}
-        with ProcessPoolExecutor(len(self.devices), spawn, _start, settings) as pool:
-            running: dict[Future[Any], Stage] = {
-                pool.submit(_work, s.experiment, fresh): s for s in stages if s.parent is None
-            }
-            try:
-                while running:
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        stage, result = running.pop(future), _received(future)
-                        yield stage, result
-                        for child in children[stage.index]:
-                            if isinstance(result, str):
-                                yield child, _BLOCKED
-                            else:
-                                running[pool.submit(_work, child.experiment, fresh)] = child
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = ProcessPoolExecutor(len(self.devices), spawn, _start, settings)
+
+        def submit(stage: Stage) -> Future[Any]:
+            with _interrupts_held():  # this may start a worker, which inherits it
+                return pool.submit(_work, stage.experiment, fresh)
+
+        try:
+            running: dict[Future[Any], Stage] = {submit(s): s for s in stages if s.parent is None}
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    stage, result = running.pop(future), _received(future)
+                    yield stage, result
+                    for child in children[stage.index]:
+                        if isinstance(result, str):
+                            yield child, _BLOCKED
+                        else:
+                            running[submit(child)] = child
+        except BaseException:
+            for process in spawn.started:  # they may be in the middle of an hour's work
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+            ours.close()
+            lifeline.close()
+
+
+class _Spawn(SpawnContext):
+    """Starts fresh processes, and remembers them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[SpawnProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]
+        process = SpawnProcess(*args, **kwargs)
+        self.started.append(process)
+        return process
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back for a moment: it reaches every process of a terminal, and only the first one should answer."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _attempt(runner: Runner, experiment: Experiment, fresh: bool) -> Result:
@@ -108,13 +155,29 @@ def _attempt(runner: Runner, experiment: Experiment, fresh: bool) -> Result:
 _runner: Runner | None = None
 
 
-def _start(queue: Any, store: str, root: Any, download: bool, threads: int) -> None:
-    """Make this worker's runner on the next free device."""
+def _start(lifeline: Connection, queue: Any, store: str, root: Any, download: bool, threads: int) -> None:
+    """Make this worker's runner on the next free device, and end with the process that started it.
+
+    A worker that has nothing to do waits for work, and would wait for ever once nobody is left to send any.
+    """
     global _runner
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     device = queue.get()
     if device == "cpu":
         torch.set_num_threads(threads)
     _runner = Runner(open_store(store), device=device, root=root, download=download)
+
+
+def _end_with(lifeline: Connection) -> None:
+    """Wait until the other end of the pipe is closed, then end this process at once.
+
+    What it computes is lost; what it has stored is whole (:mod:`backdoorlab.benchmark.store`), and the system releases
+    its locks.
+    """
+    with suppress(EOFError, OSError):
+        lifeline.recv_bytes()
+    os._exit(1)
 
 
 def _work(experiment: Experiment, fresh: bool) -> tuple[str | None, bool, str]:
