@@ -34,7 +34,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and (core_effect or not effect)"
 
 test-effects: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "effect and not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "effect and not slow"
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --timeout=1800 -m slow
