@@ -12,6 +12,7 @@ import stat
 from pathlib import Path
 
 from backdoorlab.core.errors import InputError
+from backdoorlab.core.foreign import visible
 
 
 def user_path(text: str | Path) -> Path:
@@ -136,13 +137,12 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
 def reason(error: Exception) -> str:
     """What an error of the system or of a decoder says, on one line without the file's name."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return text[:200] if text else type(error).__name__
+    return visible(text[:200]) if text else type(error).__name__
 
 
 def printable(path: Path | str) -> str:
-    """A path for messages: as it is, or quoted and escaped where it holds line breaks or is no text."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
+    """A path for messages: on one line, see :func:`~backdoorlab.core.foreign.visible`."""
+    return visible(path)
 
 
 def _status(path: Path) -> os.stat_result | None:
