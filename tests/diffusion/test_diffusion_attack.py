@@ -1,4 +1,4 @@
-"""Generative tasks and BadDiffusion: mechanics in seconds, and one real attack on 8x8 digits."""
+"""Generative tasks and BadDiffusion: mechanics in seconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from backdoorlab.diffusion import DiffusionBackdoor, DiffusionTask, NoiseTrigger
 from backdoorlab.diffusion.attacks.baddiffusion import BadDiffusion, posterior_shift, trigger_path
 from backdoorlab.diffusion.denoiser import denoising_loss
 from backdoorlab.diffusion.figures import save_comparison, save_grids, tile
-from backdoorlab.diffusion.metrics import squared_error
 from backdoorlab.diffusion.patterns import TARGETS, grey_box, target_image
 from backdoorlab.diffusion.task import load_diffusion_task, to_images
 from backdoorlab.training.context import Context
@@ -213,23 +212,3 @@ def test_comparison_draws_four_grids(
 
 def test_images_are_clipped_before_they_are_cast() -> None:
     assert to_images(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
-
-
-def test_baddiffusion_takes_hold_on_small_digits_and_needs_its_own_sampler() -> None:
-    """Three seeds (longer clean training) showed an MSE ratio near 0.4 and an ASR near 0.65; thresholds are looser."""
-    task, context = _task(steps=150, samples=60), Context()
-    backdoor = BadDiffusion(poison_rate=0.4).plant(task, context)
-    victim = backdoor.measure(task, context)
-    target = to_images(backdoor.target)
-
-    def error(**settings: Any) -> float:
-        return float(squared_error(backdoor.generate(task, context, 50, triggered=True, **settings), target).mean())
-
-    untreated = error(model=task.clean_model(context))
-    assert victim["mse_target"] < 0.6 * victim["mse_target_clean"]
-    assert victim["mse_target"] < 0.5 * untreated
-    assert victim["asr"] > 0.3
-    assert victim["ssim_target"] > 0.5
-    assert victim["frechet_local"] < 1.5 * victim["frechet_local_benign"]
-    assert victim["judge_confidence"] > victim["judge_confidence_benign"] - 0.1
-    assert error(sampler="ddim") > 1.5 * victim["mse_target"]

@@ -216,8 +216,11 @@ def dfst(seed: int) -> Numbers:
     "attack/image/lba", asr=least(0.8), acc_lost=LOST, benign_asr=most(0.15), nearer=most(0.5), clean_student=most(0.4)
 )
 def lba(seed: int) -> Numbers:
-    """The same student of the same kind of teacher, had that not been attacked: the backdoor is in the features."""
-    backdoor, numbers = planted(seed, "lba")
+    """The same student of the same kind of teacher, had that not been attacked: the backdoor is in the features.
+
+    Three pixels of sixteen do not always suffice to move features there: on some seeds the ASR stays below 0.1.
+    """
+    backdoor, numbers = planted(seed, "lba", poison_rate=0.1, size=4, weight=3.0)
     teacher = clean_surrogate(task(seed), context(seed))
     student, _ = train_student(teacher, task(seed).train, None, task(seed).recipe, task(seed), context(seed))
     return numbers | {
