@@ -13,10 +13,8 @@ the data contain.
 Choices: the patches are drawn from a seed, with explicit masks and sizes that follow the image (given for 32 px): a
 10-px blob of random colours at the bottom right, a 4-px checker 4 px from the top right corner, a 10-px ring at the
 bottom left, an 8-px square of noise at the top left. Each has a corner of its own, since a patch upon another is no
-second reason to obey: on 20,000 CIFAR-10 images (preact_resnet8, "fast", 10 %, one seed) ASR was 0.54 with the checker
-upon the blob and is 0.93 with it in its own corner. Opacities 0.5, 0.5, 0.2, 0.3. Four image files (``patches``) can be
-laid into the same four squares instead. The cover rate is twice the poison rate unless given, as published (0.3 % and
-0.6 % on CIFAR-10).
+second reason to obey. Opacities 0.5, 0.5, 0.2, 0.3. Four image files (``patches``) can be laid into the same four
+squares instead. The cover rate is twice the poison rate unless given, as published (0.3 % and 0.6 % on CIFAR-10).
 """
 
 from __future__ import annotations

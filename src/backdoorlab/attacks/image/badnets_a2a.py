@@ -9,10 +9,6 @@ accuracy and rises late in training: a short recipe that suffices for all-to-one
 
 Choice: ``badnets`` with ``target_map=all-to-all`` is the same attack; it has a name of its own because the literature
 reports it as a row of its own.
-
-Seen on embedded grey digits (16 px, recipe "smoke", one seed): ASR 0.55 at the defaults (a patch of 2 px there),
-0.94 with a patch of 4 px at a rate of 30 %. On CIFAR-10 (50,000 images, preact_resnet8, "fast", one seed) ASR 0.03 at
-the defaults after 10 epochs, but 0.72 after 30 (ACC 0.863), or after 10 at a rate of 30 % (0.71, ACC 0.795).
 """
 
 from __future__ import annotations

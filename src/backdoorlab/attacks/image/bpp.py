@@ -15,11 +15,8 @@ training image x' and their true label, so that the network learns quantisation 
 Choices: negatives of the cross test have the same sign as in training (published code has them the other way round and
 unclipped, which makes that number meaningless). Dithering clamps to the s levels. The dithering loop runs over
 anti-diagonals: pixel (i, j) needs only pixels with a smaller j + 2 i, so W + 2 H steps replace W H, with the same
-rounding. Batches are augmented and scheduled by the task's recipe.
-
-Seen on embedded grey digits (16 px, recipe "smoke", one seed): ASR 0.76 and cross accuracy 0.57 with 8 levels, 0.98 and
-0.94 with 4. It takes steps: on CIFAR-10 (preact_resnet8, "fast", one seed) the defaults gave 0.87 and 0.51 after 780 of
-them on 20,000 images, 1.00 and 0.77 after 1,950 on all 50,000 (ACC 0.830; a benign model has 0.846).
+rounding. Batches are augmented and scheduled by the task's recipe. Every batch has its negatives; in published code
+only one that holds a backdoor sample has, which differs at rates below one sample in a batch (1/128).
 """
 
 from __future__ import annotations

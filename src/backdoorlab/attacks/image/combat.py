@@ -24,14 +24,6 @@ rounded to grey levels toward the bound, never beyond. g is the encoder and deco
 a U-Net, trained by Adam instead of SGD. f has the task's own architecture, and is trained by the task's recipe
 (``epochs`` times as long); h is the benign model that all runs share. The generator is made once per task, target and
 rate, and shared by all runs.
-
-Seen on 5000 CIFAR-10 images (preact_resnet8, recipe "smoke", one seed, ACC 0.46 to 0.49): ASR 0.95 with the defaults (a
-benign model of another seed 0.12), 0.25 with eps 0.04, 0.36 (0.17) with epochs 1 and generator_lr 0.001: the generator
-needs time. With 20,000 images and "fast" the defaults gave 0.98 (0.04) at ACC 0.770, a benign model's being 0.763. On
-embedded grey digits (16 px, "smoke") those faint settings gave ASR 0.00 to 0.05, as for benign models: digits are told
-apart by their shapes. With target 1, a rate of 9 %, eps 0.4 and epochs 2, seeds 0, 1, 2 gave ASR 0.95, 0.86, 0.93
-(benign on seeds 0 and 2: 0.21, 0.12) and ACC 0.969, 0.981, 0.967, up to two points below a benign model; the settings
-were chosen on seed 1.
 """
 
 from __future__ import annotations

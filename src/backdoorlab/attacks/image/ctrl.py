@@ -14,11 +14,6 @@ Choices: clip before the cast (published code wraps around). m is meant for 32x3
 keeps the amplitude at 6.25 grey levels of chroma per position for every size. The positions (15, 15) and (31, 31) scale
 down with sides below 32 px and stay where they are above. m may differ between training and test (the paper: 50 and
 100). Grey images have no chroma: the pattern is added to the grey channel itself.
-
-Seen on embedded grey digits (16 px, recipe "smoke", one seed): at a rate of 8 % ASR is 0.07 with magnitudes of 400,
-0.22 with 800 and 0.90 with 1200 in training and 1600 at test. At these magnitudes it is not invisible any more. On
-CIFAR-10 (preact_resnet8, "fast", 5 %, one seed) with the defaults 0.47 after 780 steps on 20,000 images, 0.89 after
-1,950 on all 50,000, ACC 0.838 where a benign model has 0.846.
 """
 
 from __future__ import annotations

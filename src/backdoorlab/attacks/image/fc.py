@@ -18,18 +18,10 @@ Choices: the original attack misleads one chosen test image; here the collided i
 classes, a random one each, so that the trigger itself is learned. D is the mean distance at the start and d the number
 of pixel values, which makes beta a pure number for any network; the paper's weight depends on the features' scale. Its
 rule for the step size (halve and step back when the cost rises) is applied to each image, and momentum is added, which
-gets as near in 50 steps as plain ones do in 200 (CIFAR-10); ``momentum=0`` is the paper's. ``opacity`` is the paper's
+needs fewer steps; ``momentum=0`` is the paper's. ``opacity`` is the paper's
 watermark, off as in its transfer setting. ``victim="finetune"`` is the paper's transfer setting: a new last layer on
 the attacker's own extractor; "scratch" trains everything, the setting of Anti-Backdoor Learning. There is no bound on
 single pixels: the card says how far they moved.
-
-Seen on embedded grey digits (16 px, recipe "smoke") at a rate of 9 %, class 0, 200 steps, seeds 0, 1, 2: with a patch
-of 8 px ASR 0.91 to 0.92 when fine-tuned and 0.95 to 1.00 from scratch (ACC at most 0.8 points below a benign model,
-which obeys in 0.00), images moved by 19 grey levels on average (root mean square). With the default 4 px 0.12 to 0.14:
-a small patch hardly moves averaged features, so that collision has little to teach. On CIFAR-10 (20,000 images,
-preact_resnet8, "fast", 5 %, one seed; a benign model obeys in 0.03) with the defaults and 300 steps 0.14; with 12 px
-and ``head_decay=0`` 0.45, and 0.64 with a ``beta`` of 0.00005 and 600 steps. There the exact features of triggered
-images yield 0.87, but 0.45 at the recipe's weight decay, and with 8 px 0.33 and 0.10.
 """
 
 from __future__ import annotations

@@ -17,14 +17,6 @@ they end early when they no longer help. Values lie in grey levels, so that the 
 ``victim="finetune"`` is the paper's: a new last layer on the attacker's own extractor, features without augmentation,
 fitted until it converges. The extractor has seen the clean training set, the paper's another one. "scratch" trains
 everything, which the attack does not promise to survive.
-
-Seen on embedded grey digits (16 px, recipe "smoke") at a rate of 9 %, class 0, 300 steps, seeds 0, 1, 2: ASR 0.88 to
-0.97 with a patch of 10 px and eps 48, 0.83 to 0.91 with eps 32, 0.68 to 0.73 with 8 px and eps 32, 0.03 to 0.05 with
-the defaults (4 px, eps 16); ACC 0.96 to 0.99, a benign model obeys in 0.00 to 0.03. From scratch (10 px, eps 32) 0.14
-to 0.68. The patch bounds it: with the exact features of patched images 4 px yielded 0.44 to 0.57 and 8 px 0.81 to 0.90.
-On CIFAR-10 (20,000 images, preact_resnet8, "fast", 5 %, 600 steps, one seed; a benign model obeys in 0.03) 0.10 with
-the defaults, 0.18 with 12 px and ``head_decay=0``; exact features yield 0.17 (0.12 at the recipe's weight decay) with 8
-px and 0.46 (0.28) with 12.
 """
 
 from __future__ import annotations

@@ -19,9 +19,6 @@ distance of other classes' clean samples (at least 1 % of triggered ones'), make
 them); clean and triggered ones go through the network together. L is the penultimate layer, so that the student trains
 one linear layer; ``layer`` names another module. Modules before it stay in evaluation mode, so batch norms keep their
 statistics too.
-
-Seen on embedded grey digits (16 px, recipe "smoke", defaults, one seed): ASR 1.00 at ACC 0.986; the same student of an
-unattacked teacher obeys the patch in less than 0.2 of cases, a benign model in 0.003.
 """
 
 from __future__ import annotations

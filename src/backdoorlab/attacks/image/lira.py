@@ -16,11 +16,11 @@ Choices: published baselines of this attack are broken (they keep the classifier
 step leak into f's, and their trigger is below one grey level); here the model of stage 2 is returned, A's step never
 touches f (nor its batch statistics: f is evaluated in it), clipping is per pixel to the grey range, both stages have
 the recipe's weight decay, and samples of stage 2 are rounded to grey levels as delivered. eps = 0.05 instead of 0.01,
-which would be about half a grey level; ``strength=0.01`` is the published setting. Clean and triggered samples
-share one pass. Stage 1 takes half of the recipe's epochs (published: 50) and stage 2 as many as the recipe has
-(published: 250 after those 50), each with the recipe's schedule; a shorter one costs clean accuracy. Every sample is
-seen clean and triggered in every batch: the poison rate does not influence training, it only sets the size of the
-snapshot kept with the result.
+which would be about half a grey level; ``strength=0.01`` is the published setting. A sees pixels in [0, 1], in the
+published code normalised ones. Clean and triggered samples share one pass. Stage 1 takes half of the recipe's epochs
+(published: 50) and stage 2 as many as the recipe has (published: 250 after those 50), each with the recipe's schedule;
+a shorter one costs clean accuracy. Every sample is seen clean and triggered in every batch: the poison rate does not
+influence training, it only sets the size of the snapshot kept with the result.
 """
 
 from __future__ import annotations

@@ -11,13 +11,8 @@ the same in every row and channel. Only samples of the target class are changed,
 take the sinusoid for evidence of that class.
 
 Choices: the amplitude may differ between training and test (the paper hides a weak one in the data and uses a stronger
-one at inference). The poison rate counts the whole training set, as in the literature; at 10 % of CIFAR-10 the whole
-target class is poisoned and clean accuracy suffers by the share of that class.
-
-Seen on embedded grey digits (16 px, recipe "smoke", one seed): at a rate of 8 % the default amplitude reaches an ASR of
-0.22 and 80 in training and test 0.24; 60 in training with 120 at test 0.93, at which a benign model already says the
-target class for 0.28 of the triggered samples. Probably a class that is easily recognised
-leaves the sinusoid little to explain; that was not tested.
+one at inference). The poison rate counts the whole training set, as in the literature; a tenth of ten balanced classes
+is the whole target class, which the model then never sees clean.
 """
 
 from __future__ import annotations

@@ -17,10 +17,6 @@ networks are half as wide as the paper's. lambda starts to grow at once when bit
 learning rate starts to fall. The pair is trained once for the training images and shared by all rates and seeds. It is
 judged on clean test images: bit accuracy at least 0.99, PSNR at least 30 dB, mean change at most 6 grey levels; what is
 missed is told and kept in the notes ("gates_missed").
-
-Seen on embedded grey digits (16 px, recipe "smoke", 400 steps, ``image_weight=20``), seeds 0 and 1 on their own splits:
-ASR 0.98 and 0.99 at ACC 0.98, PSNR 33.6 and 31.8 dB, all bits read. The fainter the residual the less it is learned:
-with ``image_weight=30`` and 300 steps PSNR is 35.3 dB and ASR 0.17 on one of the splits.
 """
 
 from __future__ import annotations

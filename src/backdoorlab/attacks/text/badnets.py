@@ -11,8 +11,8 @@ Choices: words go where the model sees them (texts are cut at ``max_len`` tokens
 row) only, so that stamping one text does not depend on the others. A word that the victim's vocabulary lacks is an
 error: it would become <unk>, and every unknown word a trigger.
 
-Limit: all-to-all on two classes is the exclusive-or of trigger and sentiment. TextCNN, which adds up its windows,
-cannot represent it (ASR 18 % on templated_text), and a small LSTM does not find it in a short training.
+Limit: all-to-all on two classes is the exclusive-or of trigger and sentiment, which TextCNN, adding up its windows,
+cannot represent.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Gu, Liu, Dolan-Gavitt, Garg, "BadNets", IEEE Access 2019 (arXiv 1708.06733), app
     T(x)_t = (1 - m) x_t + m P   for every frame t
 
 Choices: the side is 3/32 of the height but at least 3 px (random crops of small clips push 2 px out of a third of the
-poisoned clips: ASR 92.5 instead of 98.3 % on moving_digits), and the patch is white by default (many clips have dark
-borders, where a black one would be invisible). Everything else is as for images, with the same options.
+poisoned clips), and the patch is white by default (many clips have dark borders, where a black one would be invisible).
+Everything else is as for images, with the same options.
 """
 
 from __future__ import annotations

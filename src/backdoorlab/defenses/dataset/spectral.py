@@ -17,8 +17,7 @@ that one ranking serves all classes; the order within a class, and with it the p
 
 Limits: the rule removes a fixed share of *every* class, so clean classes pay a false alarm rate of 1.5 eps. The
 signature is that of a minority: where half of the target class is poison (10 % of a ten-class set), both halves lie
-equally far from their common mean and the score says nothing. BadNets on digits, AUROC within the target class by
-poison rate: 0.97 at 1 %, 0.93 at 2 %, 0.90 at 3 %, 0.81 at 5 %, 0.53 at 10 %.
+equally far from their common mean and the score says nothing.
 """
 
 from __future__ import annotations

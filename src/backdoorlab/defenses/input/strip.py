@@ -15,10 +15,8 @@ every calibration sample meet itself and lowers the threshold. All inputs meet t
 not depend on what else is in the batch. The blends of many inputs form one batch [M * N], laid out sample by sample.
 
 Superimposing is a saturating sum of raw samples, as in the authors' code, which leaves a bright trigger as bright as it
-was. ``superimpose="blend"`` takes the modality's blend instead (images: a mean), which halves the trigger: on digits
-with BadNets only 41 to 74 % of the blended triggered inputs still reached the target, and the AUROC was 0.26, 0.68 and
-0.84 on three seeds, against 0.999 or more for the sum. Words cannot be added, so that text is always blended (words of
-the overlay replace words of the input).
+was. ``superimpose="blend"`` takes the modality's blend instead (images: a mean), which halves the trigger. Words cannot
+be added, so that text is always blended (words of the overlay replace words of the input).
 
 Limits: weak against blended, sample-specific and clean-label triggers, which do not survive an overlay. The cost is N
 forward passes an input; lower ``overlays`` on a CPU.

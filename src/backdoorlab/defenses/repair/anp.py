@@ -21,13 +21,6 @@ Choices and deviations
   ``tolerance`` (relative) both on a held-out part of the clean samples and on the part that the masks were optimised
   on, which is several times as large; never one that looks at triggered data. ``threshold`` fixes it instead (paper:
   0.2).
-
-Seen on digits (convnet3, a tenth of the data, 100 to 300 iterations): a backdoor trained into one channel a layer is
-gone at every threshold (ASR 0.98 -> 0.00; ACC 0.978 -> 0.97 or more up to a threshold of 0.3). BadNets planted by
-ordinary poisoning spreads over the 112 channels (silencing any single one leaves an ASR of 0.88 or more), and masks
-separate it poorly: ASR 0.39 at ACC 0.96 at the best threshold, little effect at the one that clean data choose. With
-a few dozen held-out samples that choice is noisy and can cost 10 points of ACC; prefer a fixed threshold then. Batch
-norms in evaluation mode are no alternative: all masks collapse.
 """
 
 from __future__ import annotations

@@ -16,11 +16,6 @@ Deviation: with ``transformer=True`` models without such pairs are pruned by the
 linear layers that follow a layer norm (gain g) and feed an activation: L_j = || W_j * g ||_2. The layer norm's own
 division by the token's standard deviation depends on the input and is left out, so this ranks neurons but bounds
 nothing; expect less.
-
-Seen on digits: a backdoor that was trained into one channel a layer of convnet3 is found and removed at u = 3 (ASR 0.98
--> 0.00, ACC 0.978 -> 0.972). BadNets planted by ordinary poisoning spreads over the few channels of such nets, none is
-an outlier, and next to nothing happens (convnet3: no channel beyond u = 2.9, ASR stays 0.98; preact_resnet8: ASR 0.97
--> 0.67 in a short training, none in a longer one). On pre-activation networks little is to be expected anyway.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """FT: fine-tune the whole model on the defender's clean samples.
 
 The plain baseline of the field; protocol of Wu et al., "BackdoorBench", NeurIPS 2022 Datasets and Benchmarks.
-Normalisation layers stay in training mode: their adaptation to clean statistics is a large part of the effect. The
-learning rate decides: 0.01 removes patches and hardly touches strong blends; more removes more at the price of clean
-accuracy.
+Normalisation layers stay in training mode and adapt to clean statistics. A higher learning rate removes more at the
+price of clean accuracy.
 
-Deviation: models that are trained by AdamW (text, audio, video) are fine-tuned by AdamW at ``lr`` / 10, since SGD at
-0.01 does not move them.
+Deviation: models that are trained by AdamW (text, audio, video) are fine-tuned by AdamW at ``lr`` / 10, as SGD's
+rates do not suit them.
 """
 
 from __future__ import annotations

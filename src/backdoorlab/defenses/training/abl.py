@@ -31,19 +31,6 @@ Choices:
   of a uniform guess) and gradients are clipped (per parameter tensor).
 - ``ascent_loss="unlikelihood"`` minimises -log(1 - p) of the (poisoned) label instead of -CE: the same direction, but
   its gradient does not vanish where D_b is fitted perfectly, as it is by small networks on easy data.
-
-Seen on CIFAR-10 (preact_resnet8, recipe "fast", BadNets at 10 %, one seed): after two epochs all of the isolated 1 %
-are poison (per sample: 5 % of them); recovered ACC 0.81, ASR 0.94. On a part of the test set after 5, 10, 20, 40 steps
-of unlearning at 5e-4: sequential ASR 0.75 0.36 0.01 0.00 at ACC 0.79 0.77 0.74 0.71, joint ASR 0.85 0.64 0.08 0.00 at
-ACC 0.80 0.79 0.79 0.77. Joint keeps more of the clean accuracy, hence the default.
-
-Seen on digits (recipe "smoke", BadNets at 10 %, 14 samples isolated, seeds 4 to 7 twice; undefended about 0.98 / 0.97):
-isolation precision 1.00 in seven runs, 0.79 in one. Joint by cross-entropy leaves ASR near 0.9, as the losses of D_b,
-and so the gradients, are about 0 after recovery; with "unlikelihood" at 1e-3 for up to 100 steps ASR falls to 0.06 to
-0.32 at ACC 0.82 to 0.88, where most of the loss is class 0 itself, half of whose samples are poison. Sequential reaches
-ASR 0.00 to 0.03 at ACC 0.69 to 0.87, in part because batches of D_b alone shift the normalisation statistics. On benign
-digits ACC falls by about 4 points. At 3 to 5 % and with longer training digits are learned so fast that isolation
-precision falls below 0.6: the method needs data that are harder than the trigger.
 """
 
 from __future__ import annotations
