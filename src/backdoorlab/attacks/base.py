@@ -361,8 +361,8 @@ class Attack(Method):
     def look_at(self, trigger: Trigger, task: Task, ctx: Context) -> None:
         """Warn, before anything is trained, if the trigger changes too little of this task's samples to be learned.
 
-        A sample of the training set is triggered as at test time. For images and video a change counts from a
-        root mean square of one grey level on (noise of rounding), for audio from 60 dB below the sound.
+        A sample of the training set is triggered as at test time; half of it must change as
+        :class:`~backdoorlab.metrics.visibility.Change` demands.
         """
         rows = self.target_map_for(task).tested(task.train.labels).nonzero().flatten()
         rows = rows[torch.randperm(len(rows), generator=ctx.generator("look at the trigger"))[:_LOOKED_AT]]

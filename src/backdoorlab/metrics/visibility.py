@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CONTRAST = 1e-3
+"""Power of the weakest change that counts / variance of the image."""
+
 
 @dataclass(frozen=True)
 class Visibility:
@@ -32,7 +35,9 @@ class Change:
 
     Attributes:
         share: of the samples that are not what they were, in [0, 1].
-        noticed: share of the samples whose change is more than rounding could be (text: any change).
+        noticed: share of the samples whose change a network can see: of images and video a root mean square of one
+            grey level and 30 dB below the contrast (variance) of the image itself, of audio 60 dB below the sound, of
+            text any change.
         ratio_db: peak signal-to-noise ratio of images and video, signal-to-noise ratio of audio, in dB, over all
             samples; None for text and if nothing changed.
         audible: whether it is an SNR.
@@ -55,14 +60,14 @@ def change(clean: Tensor | np.ndarray, triggered: Tensor | np.ndarray) -> Change
     if not isinstance(clean, Tensor) or not isinstance(triggered, Tensor):
         share = float(np.mean(np.asarray(clean) != np.asarray(triggered)))
         return Change(share, share)
-    moved = triggered.double() - clean.double()
-    power, audible = moved.square().flatten(1).mean(1), clean.dtype == torch.int16
-    signal = clean.double().square().flatten(1).mean(1) if audible else torch.tensor(255.0**2, dtype=torch.float64)
-    least = signal * 1e-6 if audible else torch.ones(())
+    before, moved = clean.double().flatten(1), (triggered.double() - clean.double()).flatten(1)
+    power, audible = moved.square().mean(1), clean.dtype == torch.int16
+    signal = before.square().mean(1) if audible else torch.full_like(power, 255.0**2)
+    least = signal * 1e-6 if audible else (before.var(1, correction=0) * CONTRAST).clamp_min(1)
     total = float(power.mean())
     ratio = 10 * math.log10(max(float(signal.mean()), 1.0) / total) if total else None
-    return Change(float((power > 0).double().mean()), float(((power > 0) & (power >= least)).double().mean()), ratio,
-                  audible)  # fmt: skip
+    changed = power > 0
+    return Change(float(changed.double().mean()), float((changed & (power >= least)).double().mean()), ratio, audible)
 
 
 def visibility(clean: Tensor, triggered: Tensor) -> Visibility:
