@@ -15,6 +15,7 @@ from scipy import stats
 
 from backdoorlab.benchmark import Card, Experiment, MethodSpec, Results, Runner, Store, rows, table
 from backdoorlab.benchmark.spec import stage_key
+from backdoorlab.cli.main import run
 from backdoorlab.core.errors import InputError
 from backdoorlab.metrics import statistics
 
@@ -22,9 +23,9 @@ from backdoorlab.metrics import statistics
 @pytest.fixture
 def many(filled: Runner, tmp_path: Path) -> Store:
     """A store with the cards of five seeds: one real card, its seed and number changed and sealed anew."""
-    store, run = Store(tmp_path), filled.store.runs("attack")[0]
+    store, source = Store(tmp_path), filled.store.runs("attack")[0].path / "card.json"
     for seed in range(5):
-        content = json.loads((run.path / "card.json").read_text())
+        content = json.loads(source.read_text())
         content["spec"]["seed"] = seed
         content["metrics"]["asr"] = 0.5 + 0.1 * seed
         if seed == 4:
@@ -173,8 +174,7 @@ def test_sql_and_empty_store(many: Store, tmp_path: Path):
 
 
 def test_methods_that_are_not_installed_are_still_shown(many: Store):
-    run = many.runs()[0]
-    content = json.loads((run.path / "card.json").read_text())
+    content = json.loads((many.runs()[0].path / "card.json").read_text())
     content["spec"]["attack"] = {"name": "from_a_plugin", "settings": {"x": 1, "y": 2}, "code": "0"}
     content["changed"] = {"attack": ["x"]}
     many.save(Card.model_validate(content | {"key": stage_key(content["spec"])}))
@@ -188,3 +188,42 @@ def test_settings_tell_variants_apart(filled: Runner, tmp_path: Path):
     assert len(table(runner.store, ("attack", "attack_settings"))) == 2
     (mixed,) = table(runner.store, ("attack",))
     assert mixed["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("results", "--metric", ""), "unknown metric ''"),
+        (("results", "--group-by", ","), "--group-by: expected column names"),
+        (("results", "--json", "--csv"), "--json and --csv exclude each other"),
+        (("list", "attacks", "--json", "--markdown"), "--json and --markdown exclude each other"),
+        (("attack", "badnets", "--seed", "9223372036854775808"), "--seed"),
+        (("attack", "badnets", "--data-seed", "9223372036854775808"), "--data-seed"),
+        (("quickstart", "--seed", "9223372036854775808"), "--seed"),
+    ],
+)
+def test_options_that_make_no_sense(
+    many: Store, command: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+):
+    where = () if command[0] == "list" else ("--store", str(many.root))
+    assert run([*command, *where]) == 2
+    told = capsys.readouterr()
+    assert message in told.err and told.out == ""
+
+
+def test_a_large_table_is_as_wide_as_its_content(many: Store, capsys: pytest.CaptureFixture[str], monkeypatch):
+    """Columns of plain text hold the same cells as the table that is fitted to a window."""
+    monkeypatch.setattr("backdoorlab.cli.results._MANY", 2)
+    assert run(["results", "--store", str(many.root)]) == 0
+    title, head, *lines = capsys.readouterr().out.splitlines()
+    assert "dataset: digits" in title and head.split()[:4] == ["key", "attack", "defense", "seed"]
+    assert len(lines) == 5 and len({len(line) for line in (head, *lines)}) == 1
+    assert [line.split()[:4] for line in lines] == [[r["key"][:8], "badnets", "none", str(r["seed"])] for r in rows(many)]
+
+
+def test_a_card_without_a_task_is_shown_in_one_line(many: Store, capsys: pytest.CaptureFixture[str]):
+    _saved(many, lambda c: c["spec"].pop("task"))
+    (bad,) = Results(many).refusals
+    assert run(["show", Path(bad.path).name, "--store", str(many.root)]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and "card.json: lacks 'task'" in told[0]

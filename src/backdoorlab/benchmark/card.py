@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import from_json
 
 from backdoorlab.core.canonical import dump_canonical, jsonable
 from backdoorlab.core.errors import ArtifactError
@@ -93,7 +94,11 @@ class Card(BaseModel):
             raise ValueError("a reason is given exactly when the status is not ok")
         if self.stage != "asset" and (missing := [m for m in METRICS if m not in self.metrics]):
             raise ValueError(f"metrics lack {', '.join(missing)}")
-        nulls = {name for name, value in self.metrics.items() if _has_null(value)}
+        nulls = {
+            name
+            for name, value in self.metrics.items()
+            if value is None or (isinstance(value, (list, dict)) and _has_null(value))
+        }
         if nulls != set(self.null_reasons):
             raise ValueError(f"null_reasons must explain exactly the nulls: {sorted(nulls ^ set(self.null_reasons))}")
         return self
@@ -158,7 +163,7 @@ def parse_record(text: str | bytes, where: str = "card") -> tuple[dict[str, Any]
         ArtifactError: one line naming the file and what is wrong with it.
     """
     try:
-        record = json.loads(text, parse_constant=_no_number)
+        record = from_json(text, allow_inf_nan=False)
         if not isinstance(record, dict):
             raise ValueError("expected an object")
         return record, record_digest(record)
@@ -191,10 +196,6 @@ def complete(
 def schema() -> dict[str, Any]:
     """JSON schema of a card, as published in ``card.schema.json``."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Card.model_json_schema()
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a finite number")
 
 
 def _has_null(value: Any) -> bool:

@@ -276,10 +276,7 @@ class Runner:
         run = self.store.run(stage, key)
         card = run.card() if self.store.has(stage, key) else None
         self.reused = card is not None and card.status in DONE
-        if card is None or not self.reused:
-            return None
-        self.reporter.note(f"{run.id} is in the store already ({card.status})")
-        return card
+        return card if self.reused else None
 
     def _stage(
         self,

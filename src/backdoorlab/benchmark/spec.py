@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 
 from backdoorlab.attacks.base import Attack, attacks
 from backdoorlab.benchmark.worlds import recipe_changes
-from backdoorlab.core.canonical import MAX_SEED, canonical, jsonable
+from backdoorlab.core.canonical import MAX_SEED, canonical, dump_canonical, jsonable
 from backdoorlab.core.errors import InputError, nearest
 from backdoorlab.core.excerpt import shown
 from backdoorlab.core.method import Method
@@ -33,6 +32,7 @@ CONTRACT = 2
 
 _TAKES_CLEAN = ("repair", "input", "model")
 _digests: weakref.WeakKeyDictionary[Task, str] = weakref.WeakKeyDictionary()
+_recipes: weakref.WeakKeyDictionary[Task, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Experiment:
     def to_json(self) -> dict[str, Any]:
         """As JSON values; :meth:`from_json` gives an equal experiment."""
         return {
-            "task": jsonable(dataclasses.asdict(self.task)),
+            "task": jsonable(vars(self.task) | {"dataset": vars(self.task.dataset)}),
             "attack": self.attack and self.attack.to_json(),
             "defense": self.defense and self.defense.to_json(),
             "seed": self.seed,
@@ -195,13 +195,12 @@ def resolve(experiment: Experiment, task: Task) -> dict[str, Any]:
         fraction = defense.needs_clean_fraction if given is None else given
     if defense is not None and defense.stage == "dataset":
         retrain = experiment.retrain
-    recipe = dataclasses.asdict(task.recipe) if dataclasses.is_dataclass(task.recipe) else {}
     filled = dataclasses.replace(experiment, task=task.spec, attack=None, defense=None, clean_fraction=fraction,
                                  retrain=retrain).to_json()  # fmt: skip
     filled["attack"], filled["defense"] = _method(attack), _method(defense)
     if experiment.attack is not None and experiment.attack.assets:
         filled["attack"]["assets"] = dict(experiment.attack.assets)
-    filled["resolved"] = {"recipe": jsonable(recipe), "data": data_digest(task), "contract": CONTRACT}
+    filled["resolved"] = {"recipe": dict(_recipe(task)), "data": data_digest(task), "contract": CONTRACT}
     return filled
 
 
@@ -232,13 +231,20 @@ def defense_key(experiment: Experiment, task: Task) -> str:
 
 def stage_key(resolved: Mapping[str, Any]) -> str:
     """Hash of a resolved spec. Names of recipes and files are only labels: fields and contents count instead."""
-    spec = json.loads(canonical(resolved))
+    spec = jsonable(resolved)
     for method in (spec["attack"], spec["defense"]):
         if method is not None:
             method["settings"] |= method.get("files", {})
     spec["task"] = {k: v for k, v in spec["task"].items() if k not in ("recipe", "recipe_changes")}
     spec["resolved"]["recipe"].pop("name", None)
-    return hashlib.sha256(canonical(spec).encode()).hexdigest()[:20]
+    return hashlib.sha256(dump_canonical(spec).encode()).hexdigest()[:20]
+
+
+def _recipe(task: Task) -> dict[str, Any]:
+    """Fields of the task's recipe as JSON values (kept per task)."""
+    if task not in _recipes:
+        _recipes[task] = jsonable(dataclasses.asdict(task.recipe)) if dataclasses.is_dataclass(task.recipe) else {}
+    return _recipes[task]
 
 
 def data_digest(task: Task) -> str:

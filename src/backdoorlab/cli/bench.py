@@ -10,6 +10,7 @@ from rich.text import Text
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import err, number, out, print_json, shown, warn
 from backdoorlab.core.errors import unknown
+from backdoorlab.core.foreign import visible
 
 if TYPE_CHECKING:
     from backdoorlab.benchmark import Card, GridReport, Stage
@@ -68,7 +69,10 @@ def bench_command(
         nonlocal done
         done += 1
         told = f"[{done}/{len(stages)}] {stage.label}: {_brief(card)}{'  (stored)' if reused else ''}"
-        err.print(shown(told), soft_wrap=True)
+        if reused and not err.is_terminal:  # a finished grid has thousands of such lines, and rich takes its time
+            print(visible(told), file=err.file)
+        else:
+            err.print(shown(told), soft_wrap=True)
         for warning in warnings_of(card) if reused else ():  # those of a new run were told while it ran
             warn(f"{stage.label}: {warning}")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from backdoorlab.core.errors import BackdoorLabError, InputError
@@ -72,6 +71,8 @@ def detection_reasons(metrics: dict[str, Any]) -> dict[str, str]:
 
 
 def _ranking(scores: Tensor | None, positives: Tensor) -> dict[str, Any]:
+    from sklearn.metrics import average_precision_score, roc_auc_score  # a second that most commands do not need
+
     if scores is None:
         return {"auroc": None, "auprc": None}
     values, truth = scores.detach().double().cpu(), positives.cpu()
