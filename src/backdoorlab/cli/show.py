@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from backdoorlab.cli import options as opt
-from backdoorlab.cli.console import complain, out, print_json
+from backdoorlab.cli.console import complain, out, print_json, shown
 from backdoorlab.core.errors import InputError
+from backdoorlab.core.paths import exists
 
 if TYPE_CHECKING:
     from backdoorlab.benchmark import Card, StoredRun
@@ -28,9 +29,10 @@ def register(app: typer.Typer) -> None:
 def show_command(
     run: Annotated[str, typer.Argument(help="(The start of) the run's key, or its folder.", metavar="RUN")],
     figure: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Also draw clean, triggered and magnified difference (image attacks).", metavar="OUT.png"),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the figure if there is one.")] = False,
     samples: Annotated[int, typer.Option(min=1, max=20, help="Samples in the figure.")] = 8,
     store: opt.StoreOption = "",
     root: opt.RootOption = None,
@@ -47,27 +49,41 @@ def show_command(
 
       backdoorlab show 3f2a --json | jq .metrics
     """
-    if figure is not None and figure.suffix.lower() not in FIGURES:
-        given = figure.suffix or "a file without suffix"
-        raise InputError(f"--figure: cannot draw {given}; expected {', '.join(FIGURES)}")
-    opt.existing_store(store)
-    from backdoorlab.cli.attack import make_runner
-
-    runner = make_runner(store, "cpu", root, download)
-    stored = runner.store.find(run)
+    picture = None if figure is None else _figure_place(figure, force)
+    stored = opt.existing_store(store).find(run)
     card = stored.card()
-    drawn = _draw(runner, stored, figure, samples) if figure is not None else None
+    drawn = None
+    if picture is not None:
+        from backdoorlab.cli.attack import make_runner
+
+        drawn = _draw(make_runner(store, "cpu", root, download), stored, picture, samples)
     if as_json:
         print_json(card.model_dump() | ({"visibility": drawn} if drawn else {}))
         return
-    _tell(stored, card)
+    with stored.rebuilding("card.json"):
+        _tell(stored, card)
     if drawn is not None:
         psnr = "unchanged" if drawn["psnr"] is None else f"PSNR {drawn['psnr']:.1f} dB"
         _heading("trigger")
         out.print(f"  {psnr}, SSIM {drawn['ssim']:.3f}, L-infinity {drawn['linf']} of 255", highlight=False)
-        out.print(Text(f"  figure: {figure}"), soft_wrap=True)
+        out.print(shown(f"  figure: {picture}"), soft_wrap=True)
     if card.status != "ok":
         complain(card.reason or "", label=f"{card.status.replace('_', ' ')}: ")
+
+
+def _figure_place(figure: str, force: bool) -> Path:
+    """Where the figure goes.
+
+    Raises:
+        InputError: for a type that cannot be drawn, a place that cannot be written, or a file that is there already.
+    """
+    path = opt.output_file(figure, "--figure")
+    if path.suffix.lower() not in FIGURES:
+        given = path.suffix or "a file without suffix"
+        raise InputError(f"--figure: cannot draw {given}; expected {', '.join(FIGURES)}")
+    if exists(path) and not force:
+        raise InputError(f"--figure: {path} exists; choose another name or pass --force to replace it")
+    return path
 
 
 def _draw(runner: Any, stored: StoredRun, figure: Path, samples: int) -> dict[str, Any]:
@@ -80,7 +96,8 @@ def _draw(runner: Any, stored: StoredRun, figure: Path, samples: int) -> dict[st
 
     if stored.stage != "attack":
         raise InputError(f"--figure: {stored.id} has no trigger to draw; give an attack's run{_parent_hint(stored)}")
-    modality = stored.record().get("modality", {}).get("name")
+    with stored.rebuilding():
+        modality = stored.record().get("modality", {}).get("name")
     if modality != "image":
         raise InputError(f"--figure draws image triggers; {stored.id} is an attack on {modality} data")
     task, backdoor = runner.load_backdoor(stored)
@@ -99,8 +116,8 @@ def _parent_hint(stored: StoredRun) -> str:
 def _tell(stored: StoredRun, card: Card) -> None:
     from backdoorlab.cli.outcome import metrics_table, title_of, total_seconds
 
-    out.print(Text.assemble((title_of(card), "bold"), f"   {card.status}"), soft_wrap=True)
-    out.print(Text(f"run {card.id}   {stored.path}", style="dim"), soft_wrap=True)
+    out.print(Text.assemble(shown(title_of(card), "bold"), f"   {card.status}"), soft_wrap=True)
+    out.print(shown(f"run {card.id}   {stored.path}", "dim"), soft_wrap=True)
     _heading("metrics")
     out.print(metrics_table(card))
     for kind in ("attack", "defense"):
@@ -124,11 +141,12 @@ def _tell(stored: StoredRun, card: Card) -> None:
            | {"all (s)": round(total_seconds(card), 2), "peak memory (MB)": card.peak_memory_mb,
               "made": card.created, "commit": card.commit or "–"})  # fmt: skip
     _heading("again")
-    out.print(Text(f"  {card.command}"), soft_wrap=True)
+    out.print(shown(f"  {card.command}"), soft_wrap=True)
 
 
 def _heading(text: str) -> None:
-    out.print(Text(f"\n{text}", style="bold cyan"))
+    out.print()
+    out.print(shown(text, "bold cyan"))
 
 
 def _pairs(values: dict[str, Any]) -> None:
@@ -141,7 +159,7 @@ def _pairs(values: dict[str, Any]) -> None:
         table.add_column(style="dim")
         table.add_column(overflow="fold")
     for start in range(0, len(items), step):
-        table.add_row(*(Text(cell) for pair in items[start : start + step] for cell in pair))
+        table.add_row(*(shown(cell) for pair in items[start : start + step] for cell in pair))
     out.print(table)
 
 
