@@ -186,8 +186,8 @@ target class from its shape has no use for a clean-label trigger unless that is 
 more samples to learn from in 300 steps of 64; averaged features of 16 px hardly notice a patch of a quarter of the
 side. Rates that equal the defaults are stated, so that the numbers stay what they are when a default moves."""
 
-THREAT_MODELS = ("badnets", "wanet", "trojannn")
-"""One attack for each: poisoning, training, weights."""
+THREAT_MODELS = ("badnets", "wanet")
+"""One attack for each that there is on images: poisoning, training."""
 
 
 def _image(name: str, settings: dict[str, Any]) -> Callable[[int], Numbers]:
