@@ -346,6 +346,7 @@ def test_modules_after_a_layer(digits_task: Task) -> None:
     later = modules_after(deep, "net.layer3")
     names = {name for name, module in deep.named_modules() if module in later}
     assert names == {f"net.layer4.0.{part}" for part in ("bn1", "conv1", "bn2", "conv2", "shortcut")} | {
+        "net.norm",
         "net.pool",
         "net.linear",
     }
