@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from backdoorlab.core.seeding import derive_seed, isolated_rng
 from backdoorlab.models.anatomy import evaluating
+from backdoorlab.training.context import autocast
 from backdoorlab.training.recipes import Recipe
 
 CHUNK = 64
@@ -34,17 +35,20 @@ def seeded(build: Callable[[], nn.Module], seed: int, name: str) -> nn.Module:
 
 
 def generate(network: nn.Module, images: Tensor) -> Tensor:
-    """Run a generator in evaluation mode over prepared images [N,C,H,W].
+    """Run a generator in evaluation mode over prepared images [N,C,H,W], in the precision in which it was trained.
 
     Passes have one size, filled up with zeros: a convolution may sum in another order for another batch size, and a
     stamped grey level must not depend on how many images are stamped at once.
     """
+    if not len(images):
+        return images
+    network.to(memory_format=torch.channels_last)
     parts = []
-    with evaluating(network), torch.no_grad():
-        for part in images.contiguous().split(CHUNK):
+    with evaluating(network), torch.no_grad(), autocast(images.device):
+        for part in images.contiguous(memory_format=torch.channels_last).split(CHUNK):
             padded = F.pad(part, (0, 0, 0, 0, 0, 0, 0, CHUNK - len(part)))
-            parts.append(network(padded)[: len(part)])
-    return torch.cat(parts) if parts else images
+            parts.append(network(padded)[: len(part)].float())
+    return torch.cat(parts).contiguous()
 
 
 def pack(**networks: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +41,33 @@ def random_crop(images: Tensor, pad: int, generator: torch.Generator | None = No
     Returns:
         [B,C,H,W] of the same dtype.
     """
+    offsets = torch.randint(0, 2 * pad + 1, (2, len(images)), generator=generator, device=images.device)
+    if images.requires_grad and torch.is_grad_enabled():
+        cropped: Tensor = _Crop.apply(images, pad, offsets)
+        return cropped
+    return _crop(images, pad, offsets)
+
+
+def _crop(images: Tensor, pad: int, offsets: Tensor) -> Tensor:
+    """The windows at ``offsets`` [2,B] (rows, columns) of zero-padded images."""
     batch, _, height, width = images.shape
     windows = F.pad(images, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-    offsets = torch.randint(0, 2 * pad + 1, (2, batch), generator=generator, device=images.device)
     return windows[torch.arange(batch, device=images.device), :, offsets[0], offsets[1]]
+
+
+class _Crop(torch.autograd.Function):
+    """:func:`_crop`, whose adjoint is the crop at the mirrored offset; that of its windows sums over all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, pad: int, offsets: Tensor) -> Tensor:
+        ctx.pad = pad
+        ctx.save_for_backward(offsets)
+        return _crop(images, pad, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (offsets,) = ctx.saved_tensors
+        return _crop(gradients[0], ctx.pad, 2 * ctx.pad - offsets), None, None
 
 
 def random_flip(images: Tensor, generator: torch.Generator | None = None) -> Tensor:

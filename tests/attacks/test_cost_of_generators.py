@@ -1,0 +1,73 @@
+"""What generated triggers and their training must not spend: passes, layouts and precisions that nothing asks for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backdoorlab.attacks.generators import CHUNK, DetailNet, generate, seeded
+from backdoorlab.modalities.image import random_crop
+from backdoorlab.training import context
+
+
+class Spy(nn.Module):
+    """A convolution that remembers what came in and in which precision it worked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.seen: list[tuple[int, bool]] = []
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.conv(x)
+        self.seen.append((len(x), x.is_contiguous(memory_format=torch.channels_last)))
+        self.dtypes.add(made.dtype)
+        return made
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_stamping_runs_in_the_precision_of_evaluation_and_once(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "fast_bf16", lambda device: fast)
+    spy = seeded(Spy, 0, "spy")
+    assert isinstance(spy, Spy)
+    found = generate(spy, torch.rand(CHUNK + 5, 3, 8, 8, generator=torch.Generator().manual_seed(2)))
+    assert spy.seen == [(CHUNK, True)] * 2
+    assert spy.dtypes == {torch.bfloat16 if fast else torch.float32}
+    assert found.dtype == torch.float32
+    assert found.is_contiguous()
+    assert found.shape == (CHUNK + 5, 3, 8, 8)
+
+
+def test_generated_pictures_are_those_of_the_network() -> None:
+    network = seeded(lambda: DetailNet(3, 3, 32, 32), 0, "network").eval()
+    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = network(images)
+    assert float((generate(network, images) - plain).abs().max()) < 4 / 255
+    assert len(generate(network, images[:0])) == 0
+
+
+def test_gradients_pass_a_random_crop_without_a_sum_over_all_windows() -> None:
+    """A crop moves pixels; the adjoint of its windows would make a tensor of all (2 pad + 1)^2 of them."""
+
+    def drawn() -> torch.Generator:
+        return torch.Generator().manual_seed(3)
+
+    images = torch.rand(6, 2, 9, 7, dtype=torch.float64, generator=drawn(), requires_grad=True)
+    cropped = random_crop(images, 2, drawn())
+    assert torch.equal(cropped.detach(), random_crop(images.detach(), 2, drawn()))
+    waiting, names = [cropped.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None:
+            names.add(type(node).__name__)
+            waiting += [before for before, _ in node.next_functions]
+    assert not any("Unfold" in name for name in names), names
+    weights = torch.rand(images.shape, dtype=torch.float64, generator=drawn())
+    (gradient,) = torch.autograd.grad(cropped, images, weights)
+    rows = torch.arange(images.numel(), dtype=torch.float64).reshape(images.shape) + 1  # where each pixel went
+    went = random_crop(rows, 2, drawn()).flatten().long()
+    expected = torch.zeros(images.numel() + 1, dtype=torch.float64).index_add(0, went, weights.flatten())[1:]
+    assert torch.equal(gradient.flatten(), expected)
