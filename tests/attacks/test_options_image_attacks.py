@@ -83,7 +83,7 @@ def test_badnets_takes_a_picture(tmp_path: Path) -> None:
     )
     assert int(mask.sum()) == 16
     assert bool(mask[27:31, 27:31].all())
-    with pytest.raises(InputError, match="found no image file 'nowhere'"):
+    with pytest.raises(InputError, match="found no image file nowhere"):
         patch_of(RGB, patch="nowhere")
 
 
@@ -164,7 +164,7 @@ def test_refool_says_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has one image; at least two are needed"):
         reflect(GREY, reflections=str(tmp_path))
     (tmp_path / "b.jpg").write_text("words")
-    with pytest.raises(InputError, match=r"b\.jpg' cannot be read as an image"):
+    with pytest.raises(InputError, match=r"cannot read image .*b\.jpg: it is of none of the known formats"):
         reflect(GREY, reflections=str(tmp_path))
 
 

@@ -211,7 +211,7 @@ def check_folder(folder: str) -> None:
         pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
         why = (
             f" {pickled[0]} is not opened, since pickled weights can run code; where you trust it, convert it with "
-            "transformers: from_pretrained(FOLDER).save_pretrained(FOLDER, safe_serialization=True)"
+            "transformers: from_pretrained(FOLDER).save_pretrained(FOLDER)"
             if pickled
             else ""
         )
