@@ -40,8 +40,6 @@ def generate(network: nn.Module, images: Tensor) -> Tensor:
     Passes have one size, filled up with zeros: a convolution may sum in another order for another batch size, and a
     stamped grey level must not depend on how many images are stamped at once.
     """
-    if not len(images):
-        return images
     network.to(memory_format=torch.channels_last)
     parts = []
     with evaluating(network), torch.no_grad(), autocast(images.device):
