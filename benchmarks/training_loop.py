@@ -6,7 +6,8 @@ Three things are timed in turn, round after round, on 32x32 images with 10 class
 matter for speed), and ratios are taken per round, so that a noisy machine disturbs both sides alike:
 
 (a) the limit: forward, backward and optimiser step on one resident, already prepared batch, in the same precision;
-(b) ``backdoorlab.training.fit``: gathering, augmentation, normalisation, schedule, indices and logging included;
+(b) ``backdoorlab.training.fit``: gathering, augmentation, normalisation, clipping of gradients, schedule, indices,
+    logging and the states kept against a collapse included;
 (c) a plain PyTorch loop: a torchvision-style data set with PIL transforms, DataLoader workers, fp32, NCHW, ``.item()``
     in every step.
 """
@@ -123,7 +124,7 @@ def main() -> None:
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor()} x{os.cpu_count()}"
     print(json.dumps({"hardware": hardware, "torch": torch.__version__, "threads": torch.get_num_threads()}))
     for name in args.model:
-        recipe = Recipe(epochs=1, batch_size=args.batch_size, lr=0.01)
+        recipe = Recipe(epochs=1, batch_size=args.batch_size, lr=0.01, clip=1.0)
         model = build_model(name, modality, 10).to(device)
         time_limit(model, split, recipe, 5, device), time_fit(model, split, recipe, 5, device)  # warm up
         rows = []

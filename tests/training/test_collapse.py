@@ -183,3 +183,10 @@ def test_logs_add_up_and_tell_collapses(digits_task: Task) -> None:
     assert both.rows()[-1]["back_to"] == 2
     assert both.notes() == {"collapses": [log.collapses[0].row()]}
     assert FitLog([0.1], [0.2], [0.3], 4).notes() == {}
+
+
+def test_a_first_loss_that_is_not_finite_goes_back_to_the_initial_weights(digits_task: Task) -> None:
+    _, log, notes = train(digits_task, objective=spoils(1))
+    assert [(c.epoch, c.back_to) for c in log.collapses] == [(1, 0)]
+    assert len(log.loss) == RECIPE.epochs
+    assert "from the start with half the learning rate" in notes[0]

@@ -131,7 +131,7 @@ class _Watch:
     def judge(self, losses: list[float]) -> float | None:
         """The loss, if the epoch with these losses of its steps has collapsed (NaN if it is not finite), else None."""
         if math.isnan(self.start):
-            self.start = max(losses[0], self.chance)
+            self.start = max(losses[0], self.chance) if math.isfinite(losses[0]) else self.chance
         if not all(map(math.isfinite, losses)) or not self._finite():
             return math.nan
         self.recent += losses
@@ -171,7 +171,8 @@ class _Watch:
                      tree_map(copied, self.optimizer.state_dict()))  # fmt: skip
 
     def _finite(self) -> bool:
-        values = [v.detach() for v in self.model.state_dict().values() if v.is_floating_point()]
+        tensors = (v for v in self.model.state_dict().values() if isinstance(v, Tensor))
+        values = [v for v in tensors if v.is_floating_point() and v.numel()]
         return bool(torch.stack(torch._foreach_norm(values, math.inf)).isfinite().all())
 
 
