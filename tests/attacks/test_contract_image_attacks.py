@@ -31,7 +31,7 @@ QUICK: dict[str, dict[str, object]] = {
     "trojannn": {"steps": 3},
     "blind": {"threshold": 100.0},
     "lc": {"steps": 2},
-    "narcissus": {"steps": 12},  # RAdam hardly moves before its sixth step
+    "narcissus": {"steps": 30},  # RAdam hardly moves before its sixth step
     "dfst": {"style_steps": 3, "detox_steps": 3},
     "lba": {"steps": 3},
     "ssba": {"steps": 3, "batch_size": 4, "width": 4},
