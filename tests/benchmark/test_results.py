@@ -218,7 +218,8 @@ def test_a_large_table_is_as_wide_as_its_content(many: Store, capsys: pytest.Cap
     title, head, *lines = capsys.readouterr().out.splitlines()
     assert "dataset: digits" in title and head.split()[:4] == ["key", "attack", "defense", "seed"]
     assert len(lines) == 5 and len({len(line) for line in (head, *lines)}) == 1
-    assert [line.split()[:4] for line in lines] == [[r["key"][:8], "badnets", "none", str(r["seed"])] for r in rows(many)]
+    wanted = [[r["key"][:8], "badnets", "none", str(r["seed"])] for r in rows(many)]
+    assert [line.split()[:4] for line in lines] == wanted
 
 
 def test_a_card_without_a_task_is_shown_in_one_line(many: Store, capsys: pytest.CaptureFixture[str]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import stat
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from backdoorlab.benchmark.card import Card, parse_record
 from backdoorlab.core.errors import ArtifactError, InputError, MissingExtra
+from backdoorlab.core.records import JSON_BYTES, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,14 +139,23 @@ class StoredRun:
             raise ArtifactError(f"{self.path / name}: {error}") from None
         except KeyError as error:
             raise ArtifactError(f"{self.path / name}: lacks {error}, which every run of this kind has") from None
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            RuntimeError,
+            ArithmeticError,
+            AssertionError,
+            MemoryError,
+        ) as error:
             what = " ".join(str(error).split())[:200]
             raise ArtifactError(f"{self.path / name}: a field is missing or of another type ({what})") from None
 
     def _object(self, name: str, text: bytes) -> dict[str, Any]:
         try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
+            found = parse_json(text, str(self.path / name))
+        except ArtifactError:
             found = None
         if not isinstance(found, dict):
             raise ArtifactError(f"{self.path / name}: does not hold JSON objects, as artifacts do")
@@ -190,8 +199,12 @@ def _read(path: str) -> bytes:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ArtifactError(f"{path}: not a file; an artifact consists of plain files")
+        if path.endswith(".json") and found.st_size > JSON_BYTES:
+            raise ArtifactError(f"{path}: has {found.st_size:,} bytes; a record may have at most {JSON_BYTES:,}")
         with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
             return file.readall()
+    except MemoryError:
+        raise ArtifactError(f"{path}: has {found.st_size:,} bytes, for which there is no memory") from None
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from None
     finally:

@@ -72,7 +72,8 @@ def export_run(
     place = checked_place(folder, force)
     stored = attack_of(runner, run)
     task, backdoor = runner.load_backdoor(stored)
-    parts, modality = parts_of(task, backdoor, only), task.dataset.modality
+    with stored.rebuilding("poison.safetensors"):
+        parts, modality = parts_of(task, backdoor, only), task.dataset.modality
     if modality == "video" and form == "folder":
         raise InputError("clips have no lossless file of their own; export video with --format npz")
     card = export_card(stored, task, backdoor, parts, form, only)

@@ -184,7 +184,9 @@ class Runner:
         if resolve(card.experiment(), task)["resolved"]["data"] != card.spec["resolved"]["data"]:
             raise ArtifactError(f"{found.id} was made from other data than {task.dataset.name} holds now")
         with found.rebuilding():
-            return task, worlds.restore_backdoor((found.all_tensors(), found.record()), self.device)
+            backdoor = worlds.restore_backdoor((found.all_tensors(), found.record()), self.device)
+            worlds.try_out(backdoor, task)
+            return task, backdoor
 
     def load_model(self, run: Card | StoredRun | str) -> Classifier:
         """The model of a stored run: victim, benign, repaired, trained or retrained.

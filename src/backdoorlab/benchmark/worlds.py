@@ -97,6 +97,22 @@ def restore_backdoor(state: State, device: torch.device) -> Backdoor:
     return backdoor
 
 
+def try_out(backdoor: Backdoor, task: Task) -> None:
+    """Apply what was restored to one sample, so that tensors which do not fit are noticed at once.
+
+    Raises:
+        ArtifactError: if the trigger changes the form of samples, or the model has other classes than the task.
+        RuntimeError: whatever torch says of tensors that do not fit.
+    """
+    if task.spec.kind != "classifier":
+        return
+    sample = task.test.inputs[:1]
+    if stamp_all(backdoor.trigger, sample, device=backdoor.model.device).shape != sample.shape:
+        raise ArtifactError("the trigger changes the form of samples")
+    if predict(backdoor.model, sample).shape[1] != task.num_classes:
+        raise ArtifactError(f"the model has other classes than the {task.num_classes} of the data")
+
+
 def model_state(model: Classifier) -> State:
     """What is stored of a model on its own."""
     own: Any = getattr(model, "record", None)

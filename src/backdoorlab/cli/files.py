@@ -17,6 +17,7 @@ from backdoorlab.core.paths import exists, is_folder, printable
 if TYPE_CHECKING:
     from backdoorlab.benchmark import StoredRun
     from backdoorlab.data.files import SampleFile, SampleFormat
+    from backdoorlab.data.split import Inputs
     from backdoorlab.modalities import Modality
 
 InputsArgument = Annotated[
@@ -62,7 +63,11 @@ def stamp_command(
     from backdoorlab.data.files import find_samples, output_names, read_samples, write_samples
 
     trigger, modality = _trigger(stored, Backdoor)
-    form = sample_format(modality)
+    with stored.rebuilding():
+        form = sample_format(modality)
+        blank = blank_samples(form)
+        if stamp_all(trigger, blank).shape != blank.shape:
+            raise InputError("its trigger changes the size of samples")
     paths = find_samples(inputs, form.modality)
     targets = output_names(paths, place)
     _check_targets(targets, force)
@@ -102,10 +107,12 @@ def predict_command(
 
     runner = make_runner(store, device)
     model = runner.load_model(stored)
-    form = sample_format(model.modality)
+    with stored.rebuilding():
+        form = sample_format(model.modality)
+        outputs = predict(model, blank_samples(form)).shape[1]
+        names = _class_names(stored.record().get("classes"), outputs)
     files = [read_samples(path, form, fit=resize) for path in find_samples(inputs, form.modality)]
     confidence, classes = predict(model, join_samples(files), batch_size=256).softmax(1).max(1)
-    names = stored.record().get("classes")
     rows = [
         {"input": label, "class": k, "name": names[k] if names else None, "confidence": float(c)}
         for label, k, c in zip(_labels(files), classes.tolist(), confidence, strict=True)
@@ -145,6 +152,23 @@ def sample_format(modality: Modality) -> SampleFormat:
         "text": (),
     }[modality.name]
     return SampleFormat(modality.name, tuple(int(settings[key]) for key in shape), int(settings.get("sample_rate", 0)))
+
+
+def blank_samples(form: SampleFormat) -> Inputs:
+    """One sample without content, to try a stored trigger or model on before files are read."""
+    import torch
+
+    from backdoorlab.data.split import text_array
+
+    return text_array(["a"]) if form.modality == "text" else torch.zeros((1, *form.shape), dtype=form.dtype)
+
+
+def _class_names(names: Any, count: int) -> list[str] | None:
+    if names is None:
+        return None
+    if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
+        raise InputError(f"names no {count} classes, which the model has")
+    return names
 
 
 def _find(run: str | None, store: str) -> StoredRun:

@@ -127,6 +127,8 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
     try:
         with path.open("rb") as file:
             content = file.read() if most is None else file.read(most + 1)
+    except MemoryError:
+        raise InputError(f"{printable(path)} is too large to be read: there is no memory for it") from None
     except OSError as error:
         raise InputError(f"{printable(path)} cannot be read: {reason(error)}") from None
     if most is not None and len(content) > most:

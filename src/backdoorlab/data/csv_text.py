@@ -89,6 +89,8 @@ def read_table(path: Path, delimiter: str) -> Table:
     except csv.Error as error:
         what = "a cell is too long, perhaps an unclosed quote" if "field limit" in str(error) else str(error)
         raise InputError(f"{name}, after line {line}: cannot be read with separator {delimiter!r}: {what}") from None
+    except MemoryError:
+        raise InputError(f"{name}, after line {line}: too large to be read: there is no memory for it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{name} cannot be read as UTF-8 text: {reason(error)}") from None
     if not texts:
