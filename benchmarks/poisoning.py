@@ -32,13 +32,14 @@ from torch import Tensor, nn
 
 from backdoorlab.attacks import Attack, Backdoor, PoisoningAttack, TrainingAttack, attacks
 from backdoorlab.attacks.image.bpp import QuantizeTrigger
-from backdoorlab.attacks.trigger import Trigger, stamp_all
+from backdoorlab.attacks.triggers.base import Trigger, stamp_all
 from backdoorlab.core.errors import BackdoorLabError
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import Dataset, Split
 from backdoorlab.modalities.base import modality_of
 from backdoorlab.models import Classifier
-from backdoorlab.training import Context, Recipe, Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, Recipe
 from backdoorlab.training.context import Silent
 
 LEAST = {"steps": 2, "pool": 100, "threshold": 1e6}
@@ -71,7 +72,7 @@ def triggers_of(cls: type[Attack], task: Task) -> dict[str, Trigger]:
     attack = smallest(cls, 0.1)
     if isinstance(attack, PoisoningAttack):
         return {cls.name: attack.make_trigger(task, Context())}
-    backdoor: Backdoor = attack.plant(task, Context())
+    backdoor: Backdoor = attack.run(task, Context())
     found = {cls.name: backdoor.trigger}
     if backdoor.cross_trigger is not None:
         found[f"{cls.name} (cross)"] = backdoor.cross_trigger
@@ -144,7 +145,7 @@ def time_epochs(attack: Attack | None, task: Task) -> list[float]:
     if attack is None:
         task.fit(task.train, context, label="no victim at all")
     else:
-        attack.plant(task, context)
+        attack.run(task, context)
     return clock.epochs
 
 
@@ -164,7 +165,7 @@ def count_passes(attack: Attack, task: Task) -> float:
     passes = Passes()
     handle = torch.nn.modules.module.register_module_forward_hook(passes)
     try:
-        log = attack.plant(task, Context()).log
+        log = attack.run(task, Context()).log
     finally:
         handle.remove()
     return passes.samples / (log.steps * task.recipe.batch_size)

@@ -38,7 +38,8 @@ from backdoorlab.attacks.base import attacks
 from backdoorlab.core.errors import BackdoorLabError, InputError
 from backdoorlab.core.seeding import make_generator
 from backdoorlab.data.sources import DatasetSpec
-from backdoorlab.training import Context, Task, TaskSpec, predict
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, predict
 from backdoorlab.training.context import MemoryAssets
 
 IMAGE = ("benign", "badnets", "lf", "ctrl")
@@ -123,7 +124,7 @@ def run(task: Task, attack: str, seed: int, assets: MemoryAssets) -> dict[str, A
         else:
             name, *settings = attack.split()
             given = {key: json.loads(value) for key, _, value in (setting.partition("=") for setting in settings)}
-            backdoor = attacks.get(name, task.modality.name).build(given).plant(task, ctx)
+            backdoor = attacks.get(name, task.modality.name).build(given).run(task, ctx)
             log, measured = backdoor.log, backdoor.measure(task, ctx.child("measure"))
             found |= {"acc": measured["acc"], "asr": measured["asr"]}
         lowest = [min(log.loss[: i + 1]) for i in range(len(log.loss))]

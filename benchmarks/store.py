@@ -25,7 +25,7 @@ import torch
 
 from backdoorlab.benchmark import Card, Grid, Runner, Store, plan
 from backdoorlab.benchmark.commands import attack_command, defense_command
-from backdoorlab.benchmark.evaluate import finish
+from backdoorlab.benchmark.measure import finish
 from backdoorlab.benchmark.meter import environment
 from backdoorlab.benchmark.spec import changed_settings, modality_name, resolve, stage_key
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import Backdoor
+from backdoorlab.analysis.figures import GREY, INK, frequency_residual, in_colors, magnified
+from backdoorlab.attacks.result import Backdoor
 from backdoorlab.benchmark import Runner, Store
-from backdoorlab.cli.figures import GREY, INK, frequency_residual, in_colors, magnified
 from backdoorlab.data.files import write_atomically
 from backdoorlab.metrics.visibility import visibility
-from backdoorlab.training.task import Task
+from backdoorlab.tasks import Task
 
 COLUMNS, SIDE, GAP, TEXT, MARGIN, HEAD = 3, 0.92, 0.05, 0.52, 0.3, 0.75
 """Attacks side by side; lengths in inches."""

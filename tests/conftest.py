@@ -14,7 +14,8 @@ import torch
 
 from backdoorlab.attacks import Backdoor, attacks
 from backdoorlab.models import Classifier
-from backdoorlab.training import Context, Task, TaskSpec, context
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, context
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -38,7 +39,7 @@ def digits_task() -> Task:
 @pytest.fixture(scope="session")
 def badnets_digits(digits_task: Task) -> Backdoor:
     """BadNets on digits; treat as read-only."""
-    return attacks.get("badnets", "image")(poison_rate=0.1).plant(digits_task, Context())
+    return attacks.get("badnets", "image")(poison_rate=0.1).run(digits_task, Context())
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from backdoorlab.core.errors import InputError
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import BACKDOOR, Dataset, Split
 from backdoorlab.modalities import modality_of
-from backdoorlab.training import Context, Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context
 from backdoorlab.training.evaluate import predict
 from backdoorlab.training.recipes import recipe_for
 
@@ -26,7 +27,7 @@ def task() -> Task:
 
 @pytest.fixture(scope="module")
 def backdoor(task: Task) -> Backdoor:
-    return AudioBadNets().plant(task, Context())
+    return AudioBadNets().run(task, Context())
 
 
 def silent_task(rate: int, length: int) -> Task:
@@ -90,7 +91,7 @@ def test_poison_record_and_rebuilding(task: Task, backdoor: Backdoor) -> None:
 def test_fsdd(data_root: Path) -> None:
     task = Task.load(TaskSpec(dataset=DatasetSpec(name="fsdd"), recipe="fast"), root=data_root)
     benign, _ = task.fit(task.train, Context())
-    backdoor = AudioBadNets().plant(task, Context())
+    backdoor = AudioBadNets().run(task, Context())
     before, after = backdoor.measure(task, Context(), benign), backdoor.measure(task, Context())
     assert before["acc"] > 0.96 and after["acc"] > before["acc"] - 0.02
     assert after["asr"] > 0.95 > 0.5 > before["asr"]

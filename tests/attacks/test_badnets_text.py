@@ -10,12 +10,13 @@ import torch
 from backdoorlab.attacks import Backdoor, attacks
 from backdoorlab.attacks.text.badnets import TextBadNets, WordTrigger
 from backdoorlab.attacks.text.insertion import insert_words
-from backdoorlab.attacks.trigger import load_trigger
+from backdoorlab.attacks.triggers.base import load_trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import BACKDOOR, text_array
 from backdoorlab.modalities.text import UNK
-from backdoorlab.training import Context, Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context
 from backdoorlab.training.evaluate import predict
 
 TEXTS = text_array(["One fine  day", "", "a b c d e f g h i j k l", "!!! ... ???"])
@@ -30,7 +31,7 @@ def task() -> Task:
 
 @pytest.fixture(scope="module")
 def backdoor(task: Task) -> Backdoor:
-    return TextBadNets().plant(task, Context())
+    return TextBadNets().run(task, Context())
 
 
 def test_words_are_inserted_and_nothing_else_changes() -> None:
@@ -76,9 +77,9 @@ def test_trigger_words_are_known_to_the_victim(task: Task, backdoor: Backdoor) -
     clean = task.modality.encode(task.test.inputs)
     assert not bool(((clean >= 2) & (clean <= 6)).any())
     with pytest.raises(InputError, match=r"no 'xyzzy'.*cf, mn"):
-        TextBadNets(triggers=("cf", "xyzzy")).plant(task, Context())
+        TextBadNets(triggers=("cf", "xyzzy")).run(task, Context())
     with pytest.raises(InputError, match="at most"):
-        TextBadNets(num_triggers=32).plant(task, Context())
+        TextBadNets(num_triggers=32).run(task, Context())
     with pytest.raises(InputError, match="array of texts"):
         backdoor.trigger(torch.zeros(2, 3))
 
@@ -120,7 +121,7 @@ def test_stored_backdoor_is_rebuilt(task: Task, backdoor: Backdoor) -> None:
 def test_sst2(data_root: Path) -> None:
     task = Task.load(TaskSpec(dataset=DatasetSpec(name="sst2"), recipe="fast"), root=data_root)
     benign, _ = task.fit(task.train, Context())
-    backdoor = TextBadNets().plant(task, Context())
+    backdoor = TextBadNets().run(task, Context())
     before, after = backdoor.measure(task, Context(), benign), backdoor.measure(task, Context())
     assert before["acc"] > 0.74 and after["acc"] > before["acc"] - 0.02
     assert after["asr"] > 0.95 > 0.5 > before["asr"]

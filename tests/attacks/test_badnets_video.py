@@ -11,7 +11,8 @@ from backdoorlab.core.errors import InputError
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import BACKDOOR, Dataset, Split
 from backdoorlab.modalities import modality_of
-from backdoorlab.training import Context, Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context
 from backdoorlab.training.evaluate import predict
 from backdoorlab.training.recipes import recipe_for
 
@@ -25,7 +26,7 @@ def task() -> Task:
 
 @pytest.fixture(scope="module")
 def backdoor(task: Task) -> Backdoor:
-    return VideoBadNets().plant(task, Context())
+    return VideoBadNets().run(task, Context())
 
 
 def black_task(height: int, width: int, channels: int = 3) -> Task:

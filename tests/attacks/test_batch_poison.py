@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backdoorlab.attacks import TargetMap, Trigger, attacks
-from backdoorlab.attacks.batch_poison import BatchPoisoner, FixedPoisoner, batch_share, draw_cover
+from backdoorlab.attacks.common.batch_poison import BatchPoisoner, FixedPoisoner, batch_share, draw_cover
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.split import BACKDOOR, COVER, Poison
 from backdoorlab.training import Context

@@ -9,19 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backdoorlab.attacks.base import PoisoningAttack
-from backdoorlab.attacks.collision import (
-    CollisionAttack,
-    PlacedPatchTrigger,
-    corners_from,
-    greedy_pairs,
-    paste_at,
-    retrain_head,
-)
+from backdoorlab.attacks.common.collision import CollisionAttack, greedy_pairs, retrain_head
+from backdoorlab.attacks.common.surrogate import clean_surrogate
 from backdoorlab.attacks.image.fc import Fc, attract, distance_and_gradient, forward_backward
 from backdoorlab.attacks.image.htba import Htba, draw_colours, hide
 from backdoorlab.attacks.image.tuap import Tuap, margins, targeted_deepfool, universal_perturbation
-from backdoorlab.attacks.surrogate import clean_surrogate
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.triggers.patch import PlacedPatchTrigger, corners_from, paste_at
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.seeding import isolated_rng
 from backdoorlab.data.sources import DatasetSpec
@@ -31,7 +25,8 @@ from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import ImageModality
 from backdoorlab.models import Classifier
 from backdoorlab.models.anatomy import features, frozen, head
-from backdoorlab.training import Context, Recipe, Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, Recipe
 from backdoorlab.training.evaluate import predict_features
 
 SHAPES = [(1, 16, 16), (3, 29, 31)]
@@ -220,7 +215,7 @@ def test_hidden_images_stay_in_the_box(eps: int) -> None:
 def test_patch_is_hidden() -> None:
     task = tiny_task()
     attack = Htba(target=1, poison_rate=0.1, steps=5, eps=8)
-    backdoor = attack.plant(task, SHARED)
+    backdoor = attack.run(task, SHARED)
     clean = expect_images(task.train.inputs)[backdoor.poison.indices].short()
     assert int((expect_images(backdoor.poison.inputs).short() - clean).abs().max()) <= 8
     assert backdoor.notes["largest_change"] <= 8
@@ -247,8 +242,8 @@ def test_only_the_head_is_retrained() -> None:
 @pytest.mark.parametrize("attack", [Htba(poison_rate=0.1, steps=3), Fc(poison_rate=0.1, steps=3)], ids=lambda a: a.name)
 def test_victim_from_scratch_is_another_network(attack: PoisoningAttack) -> None:
     task, context = tiny_task(), SHARED
-    tuned = attack.plant(task, context)
-    fresh = dataclasses.replace(attack, victim="scratch").plant(task, context)  # type: ignore[call-arg]
+    tuned = attack.run(task, context)
+    fresh = dataclasses.replace(attack, victim="scratch").run(task, context)  # type: ignore[call-arg]
     assert torch.equal(tuned.poison.inputs, fresh.poison.inputs)  # type: ignore[arg-type]
     weight = next(iter(clean_surrogate(task, context).state_dict()))
     assert torch.equal(tuned.model.state_dict()[weight], clean_surrogate(task, context).state_dict()[weight])
@@ -260,7 +255,7 @@ def test_victim_from_scratch_is_another_network(attack: PoisoningAttack) -> None
 def test_decay_of_the_new_head_is_the_recipes_unless_given(attack: CollisionAttack) -> None:
     task = tiny_task()
     heads = [
-        head(dataclasses.replace(attack, head_decay=decay).plant(task, SHARED).model).weight.detach()
+        head(dataclasses.replace(attack, head_decay=decay).run(task, SHARED).model).weight.detach()
         for decay in (None, task.recipe.weight_decay, 0.0, 10.0)
     ]
     assert torch.equal(heads[0], heads[1])

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from backdoorlab.attacks import Attack, Backdoor, PoisoningAttack, TrainingAttack, Trigger, attacks
 from backdoorlab.attacks.image import tuap
-from backdoorlab.attacks.trigger import load_trigger, stamp_all
+from backdoorlab.attacks.triggers.base import load_trigger, stamp_all
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import BACKDOOR, COVER, Dataset, Poison, Split
 from backdoorlab.modalities.base import modality_of
 from backdoorlab.models.anatomy import head
 from backdoorlab.models.classifier import Classifier
-from backdoorlab.training import Context, Recipe, Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, Recipe
 from backdoorlab.training.evaluate import predict
 
 QUICK: dict[str, dict[str, object]] = {
@@ -101,7 +102,7 @@ def poisoned(cls: type[PoisoningAttack], shape: tuple[int, int, int], seed: int 
 
 @cache
 def planted(cls: type[Attack], shape: tuple[int, int, int] = SHAPES[0]) -> Backdoor:
-    return make(cls).plant(tiny_task(shape), Context(seed=3))
+    return make(cls).run(tiny_task(shape), Context(seed=3))
 
 
 def trigger_of(cls: type[Attack], shape: tuple[int, int, int]) -> Trigger:
@@ -256,20 +257,20 @@ def test_training_attack(cls: type[TrainingAttack]) -> None:
 @pytest.mark.parametrize("cls", named(ALL))
 def test_target_outside_the_classes(cls: type[Attack]) -> None:
     with pytest.raises(InputError, match=f"{cls.name}: target 99 is not a class of tiny"):
-        make(cls, target=99).plant(tiny_task(SHAPES[0]), Context())
+        make(cls, target=99).run(tiny_task(SHAPES[0]), Context())
 
 
 @pytest.mark.parametrize("cls", named(POISONING))
 def test_a_rate_that_poisons_nothing(cls: type[PoisoningAttack]) -> None:
     with pytest.raises(InputError, match="poisons none"):
-        make(cls, poison_rate=0.001).plant(tiny_task(SHAPES[0]), Context())
+        make(cls, poison_rate=0.001).run(tiny_task(SHAPES[0]), Context())
 
 
 @pytest.mark.parametrize("cls", named(CLEAN_LABEL))
 def test_capacity_of_the_target_class(cls: type[PoisoningAttack]) -> None:
     task = tiny_task(SHAPES[0])
     with pytest.raises(InputError, match=r"largest possible rate is 0\.25"):
-        make(cls, poison_rate=0.5).plant(task, Context())
+        make(cls, poison_rate=0.5).run(task, Context())
     capped = make(cls, poison_rate=0.5, cap_rate=True)
     trigger = poisoned(cls, SHAPES[0])[0]
     assert len(capped.poison(trigger, task, Context())) == SAMPLES // CLASSES  # type: ignore[attr-defined]
@@ -359,7 +360,7 @@ def test_cover_samples(name: str, settings: dict[str, object], covers: float) ->
 @pytest.mark.parametrize("name", ["adap_blend", "adap_patch"])
 def test_more_covers_than_there_are_samples(name: str) -> None:
     with pytest.raises(InputError, match=r"largest possible cover rate is 0\.75"):
-        make(attacks.get(name, "image"), cover_rate=0.8).plant(tiny_task(SHAPES[0]), Context())
+        make(attacks.get(name, "image"), cover_rate=0.8).run(tiny_task(SHAPES[0]), Context())
 
 
 def test_replay_covers_of_training_attacks() -> None:
@@ -372,7 +373,7 @@ def test_refool_with_clean_labels_takes_only_the_target_class() -> None:
     trigger = attack.make_trigger(task, Context())  # type: ignore[attr-defined]
     check_roles(attack, task, attack.poison(trigger, task, Context()))  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=r"largest possible rate is 0\.25"):
-        dataclasses.replace(attack, poison_rate=0.5).plant(task, Context())
+        dataclasses.replace(attack, poison_rate=0.5).run(task, Context())
     assert make(attacks.get("refool", "image")).label_mode == "dirty"
 
 
@@ -381,12 +382,12 @@ def test_refool_with_clean_labels_takes_only_the_target_class() -> None:
     ("ftrojan", {"window": 17}, "window may be at most 16"),
     ("ftrojan", {"positions": (40,)}, "positions must be numbers from 1 to 31"),
     ("ctrl", {"positions": ()}, "positions must be numbers from 1 to 31"),
-    ("blended", {"key": "no/such/file.png"}, "found no image file 'no/such/file.png'"),
+    ("blended", {"key": "no/such/file.png"}, "found no image file no/such/file.png"),
     ("badnets", {"size": 17}, "size \\+ offset may be at most 16"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_the_pictures(name: str, settings: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        make(attacks.get(name, "image"), **settings).plant(tiny_task(SHAPES[0]), Context())
+        make(attacks.get(name, "image"), **settings).run(tiny_task(SHAPES[0]), Context())
 
 
 def test_adap_patch_wants_four_opacities() -> None:
@@ -404,12 +405,12 @@ def test_blended_takes_a_picture_file(tmp_path: object) -> None:
     assert key[:, 0, 0].tolist() == [200, 100, 50]
     assert key.shape == SHAPES[1]
     (tmp_path / "words.png").write_text("no picture")  # type: ignore[operator]
-    with pytest.raises(InputError, match="cannot be read as an image"):
+    with pytest.raises(InputError, match="of none of the known formats"):
         make(attacks.get("blended", "image"), key=f"{tmp_path}/words.png").make_trigger(tiny_task(SHAPES[1]), Context())
 
 
 def test_surrogate_is_shared_between_runs_but_not_between_data() -> None:
-    from backdoorlab.attacks.surrogate import clean_surrogate, surrogate_spec
+    from backdoorlab.attacks.common.surrogate import clean_surrogate, surrogate_spec
 
     task, context = tiny_task(SHAPES[0]), Context(seed=1)
     first, second = clean_surrogate(task, context), clean_surrogate(task, context.child("another run"))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backdoorlab.attacks.generators import CHUNK, DetailNet, generate, seeded
+from backdoorlab.attacks.common.generators import CHUNK, generate, seeded
 from backdoorlab.modalities.image import random_crop
+from backdoorlab.models.networks.generators import DetailNet
 from backdoorlab.training import context
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backdoorlab.attacks import attacks
-from backdoorlab.attacks.detoxify import (
+from backdoorlab.attacks.common.detoxify import (
     activations,
     compromised,
     inject,
@@ -22,18 +22,20 @@ from backdoorlab.attacks.detoxify import (
     observe,
     train_injector,
 )
-from backdoorlab.attacks.generators import Companion, seeded
+from backdoorlab.attacks.common.generators import Companion, seeded
+from backdoorlab.attacks.common.pictures import read_folder
+from backdoorlab.attacks.common.style import train_style
+from backdoorlab.attacks.common.surrogate import clean_surrogate
 from backdoorlab.attacks.image.combat import Combat, CombatObjective, CombatTrigger, NoiseNet, low_pass_matrix
 from backdoorlab.attacks.image.dfst import Dfst, sunsets
-from backdoorlab.attacks.procedural import read_folder
-from backdoorlab.attacks.style import REACH, PatchNet, StyleNet, train_style
-from backdoorlab.attacks.surrogate import clean_surrogate
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import BACKDOOR, COVER, Dataset, Split
 from backdoorlab.modalities.base import modality_of
 from backdoorlab.models import build_model
-from backdoorlab.training import Context, Recipe, Task, TaskSpec
+from backdoorlab.models.networks.style import REACH, PatchNet, StyleNet
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, Recipe
 
 
 def pictures(shape: tuple[int, ...], count: int = 6, seed: int = 0) -> Tensor:
@@ -331,7 +333,7 @@ def test_injector_excites_the_compromised_neurons_within_its_bound() -> None:
 def test_dfst_roles_and_counts_of_each_round() -> None:
     task = tiny(samples=80)
     attack = Dfst(poison_rate=0.1, rounds=2, detox_rate=0.1, detox_steps=2, lift=0.0)
-    backdoor = attack.plant(task, Context(assets=Brightening(2.0)))
+    backdoor = attack.run(task, Context(assets=Brightening(2.0)))
     rounds = len(backdoor.notes["compromised"])
     assert rounds >= 1, "the case must be one with compromised neurons"
     roles, poison = backdoor.poison.roles, backdoor.poison
@@ -347,14 +349,14 @@ def test_dfst_roles_and_counts_of_each_round() -> None:
 
 def test_dfst_stops_when_no_neuron_is_compromised() -> None:
     attack = Dfst(poison_rate=0.1, rounds=2, lift=1e6)
-    backdoor = attack.plant(tiny(), Context(assets=Brightening(2.0)))
+    backdoor = attack.run(tiny(), Context(assets=Brightening(2.0)))
     assert backdoor.notes["compromised"] == []
     assert set(backdoor.poison.roles.tolist()) == {BACKDOOR}
 
 
 def test_dfst_without_rounds_or_with_too_many() -> None:
     task = tiny()
-    plain = Dfst(poison_rate=0.1, rounds=0, style_steps=2).plant(task, Context())
+    plain = Dfst(poison_rate=0.1, rounds=0, style_steps=2).run(task, Context())
     assert set(plain.poison.roles.tolist()) == {BACKDOOR}
     with pytest.raises(InputError, match=r"3 rounds of detoxicants at a rate of 0\.4 .* at most 0\.3"):
-        Dfst(poison_rate=0.1, detox_rate=0.4).plant(task, Context())
+        Dfst(poison_rate=0.1, detox_rate=0.4).run(task, Context())

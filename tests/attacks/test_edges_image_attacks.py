@@ -14,7 +14,8 @@ from backdoorlab.core.errors import BackdoorLabError, InputError
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import BACKDOOR, COVER, Dataset, Split
 from backdoorlab.modalities.base import modality_of
-from backdoorlab.training import Context, Recipe, Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, Recipe
 
 GREY, RGB = (1, 16, 16), (3, 29, 31)
 
@@ -109,7 +110,7 @@ def outcome(attack: Attack, case: str, count: int | None = None) -> None:
     task = edge(case, attack.target)
     expected = REFUSALS.get((attack.name, case))
     try:
-        backdoor = attack.plant(task, Context(seed=2))
+        backdoor = attack.run(task, Context(seed=2))
     except BackdoorLabError as error:
         allowed = [message for message in (expected, UNTRAINED.get(attack.name)) if message]
         assert str(error).startswith(f"{attack.name}: ")
@@ -134,7 +135,7 @@ def test_target_class_without_samples(cls: type[Attack]) -> None:
         return
     for cap in (False, True):
         with pytest.raises(InputError, match=f"{cls.name}: .*no samples .*class {attack.target}"):
-            make(cls, poison_rate=0.25, cap_rate=cap).plant(edge("no target sample", attack.target), Context())
+            make(cls, poison_rate=0.25, cap_rate=cap).run(edge("no target sample", attack.target), Context())
 
 
 @pytest.mark.parametrize("cls", named(ALL))
@@ -145,7 +146,7 @@ def test_clean_labels_end_where_the_class_ends(cls: type[Attack]) -> None:
         outcome(make(cls, poison_rate=4 / 12), "fewer than a batch", 4)
         return
     with pytest.raises(InputError, match=rf"{cls.name}: .*needs 4 of 3 samples .*largest possible rate is 0\.25"):
-        make(cls, poison_rate=4 / 12).plant(task, Context())
+        make(cls, poison_rate=4 / 12).run(task, Context())
     outcome(make(cls, poison_rate=4 / 12, cap_rate=True), "fewer than a batch", 3)
 
 
@@ -153,7 +154,7 @@ def test_clean_labels_end_where_the_class_ends(cls: type[Attack]) -> None:
 def test_nothing_to_poison(cls: type[Attack]) -> None:
     """A rate that rounds to no sample at all is an error, whoever runs the training, and before anything is trained."""
     with pytest.raises(InputError, match=rf"{cls.name}: a poison rate of 0\.01 of 12 training samples poisons none"):
-        make(cls, poison_rate=0.01).plant(edge("fewer than a batch"), Context(assets=NoAssets()))
+        make(cls, poison_rate=0.01).run(edge("fewer than a batch"), Context(assets=NoAssets()))
 
 
 class NoAssets:
@@ -166,7 +167,7 @@ class NoAssets:
 @pytest.mark.parametrize("cls", named(ALL))
 def test_target_just_outside(cls: type[Attack]) -> None:
     with pytest.raises(InputError, match=f"{cls.name}: target 4 is not a class of edge, which has 4: "):
-        make(cls, target=4).plant(edge("fewer than a batch"), Context(assets=NoAssets()))
+        make(cls, target=4).run(edge("fewer than a batch"), Context(assets=NoAssets()))
     with pytest.raises(InputError, match=f"{cls.name}: target must be >= 0, got -1"):
         make(cls, target=-1)
 
@@ -175,4 +176,4 @@ def test_all_candidates_excluded() -> None:
     """With only target-class samples, excluding the target class leaves nothing."""
     attack = make(attacks.get("badnets", "image"), exclude_target=True, cap_rate=True)
     with pytest.raises(InputError, match=r"badnets: nothing to poison, .* no samples that are not of target class 0"):
-        attack.plant(edge("target class only"), Context())
+        attack.run(edge("target class only"), Context())

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backdoorlab.attacks import TargetMap, attacks
+from backdoorlab.attacks.common.surrogate import clean_surrogate
 from backdoorlab.attacks.image.cba import DRAWS, Cba, PartnerTrigger, SelfMixTrigger, mix, same_class
 from backdoorlab.attacks.image.lba import (
     LatentObjective,
@@ -24,7 +25,6 @@ from backdoorlab.attacks.image.lba import (
     represent,
     train_student,
 )
-from backdoorlab.attacks.surrogate import clean_surrogate
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import BACKDOOR, COVER, Dataset, Split
@@ -32,7 +32,8 @@ from backdoorlab.modalities.base import modality_of
 from backdoorlab.models import Classifier
 from backdoorlab.models.anatomy import features, head
 from backdoorlab.models.classifier import build_model
-from backdoorlab.training import Context, Recipe, Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, Recipe
 from backdoorlab.training.context import MemoryAssets
 
 FACTS = {
@@ -194,7 +195,7 @@ def test_cover_rate_of_cba(levels_task: Task) -> None:
         poison = attack.poison(attack.make_trigger(levels_task, Context()), levels_task, Context())
         assert int((poison.roles == COVER).sum()) == count
     with pytest.raises(InputError, match=r"largest possible cover rate is 0\.875"):
-        Cba(poison_rate=0.125, cover_rate=0.9).plant(levels_task, Context())
+        Cba(poison_rate=0.125, cover_rate=0.9).run(levels_task, Context())
 
 
 def test_which_samples_count(levels_task: Task) -> None:
@@ -210,7 +211,7 @@ def test_which_samples_count(levels_task: Task) -> None:
 
 
 def test_backdoor_keeps_its_sources(levels_task: Task) -> None:
-    backdoor = Cba(poison_rate=0.125, source_class=3, partner_class=2).plant(levels_task, Context())
+    backdoor = Cba(poison_rate=0.125, source_class=3, partner_class=2).run(levels_task, Context())
     inputs, wanted, true = backdoor.triggered_test(levels_task)
     assert len(inputs) == len(wanted) == 24
     assert (true == 3).all()
@@ -256,17 +257,17 @@ def test_partners_follow_the_index() -> None:
 ])  # fmt: skip
 def test_classes_that_do_not_fit(settings: dict[str, object], message: str, levels_task: Task) -> None:
     with pytest.raises(InputError, match=message):
-        Cba.build(settings).plant(levels_task, Context())
+        Cba.build(settings).run(levels_task, Context())
 
 
 def test_two_classes_leave_nothing_to_mix() -> None:
     with pytest.raises(InputError, match="no class is left to be mixed with class 1"):
-        Cba().plant(task_of(pictures((1, 16, 16), 20), torch.arange(20) % 2, 2), Context())
+        Cba().run(task_of(pictures((1, 16, 16), 20), torch.arange(20) % 2, 2), Context())
 
 
 def test_a_partner_class_without_images() -> None:
     with pytest.raises(InputError, match="tiny has no training image of class 1"):
-        Cba().plant(task_of(pictures((1, 16, 16), 20), torch.arange(20) % 2 * 2, 3), Context())
+        Cba().run(task_of(pictures((1, 16, 16), 20), torch.arange(20) % 2 * 2, 3), Context())
 
 
 # --- LBA --------------------------------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def test_only_the_patch_changes(
 
 def test_patch_larger_than_the_image(lba_task: Task) -> None:
     with pytest.raises(InputError, match="30 px does not fit an image of 29x31; size may be at most 29"):
-        Lba(size=30).plant(lba_task, Context())
+        Lba(size=30).run(lba_task, Context())
 
 
 def test_patch_moves_representations_to_the_target(digits_task: Task) -> None:
@@ -439,7 +440,7 @@ class Counting(MemoryAssets):
 
 def test_teacher_and_patch_are_shared(lba_task: Task) -> None:
     assets = Counting()
-    first, second = (Lba(steps=2, poison_rate=0.25).plant(lba_task, Context(seed=s, assets=assets)) for s in (1, 2))
+    first, second = (Lba(steps=2, poison_rate=0.25).run(lba_task, Context(seed=s, assets=assets)) for s in (1, 2))
     assert sorted(assets.built) == ["clean-surrogate", "lba-patch"]
     assert torch.equal(first.trigger.pattern, second.trigger.pattern)  # type: ignore[attr-defined]
     assert not torch.equal(head(first.model).weight, head(second.model).weight)
@@ -467,4 +468,4 @@ def test_patch_of_the_users_own(lba_task: Task) -> None:
 def test_lba_needs_both_kinds_of_samples() -> None:
     task = task_of(pictures((1, 16, 16), 20), torch.arange(20) % 2, 3)
     with pytest.raises(InputError, match="must have samples of target class 2 and of others, got 0 and 20"):
-        Lba(target=2).plant(task, Context())
+        Lba(target=2).run(task, Context())

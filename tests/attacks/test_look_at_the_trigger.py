@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from backdoorlab.attacks import Attack, PoisoningAttack, attacks
-from backdoorlab.attacks import base as contracts
+from backdoorlab.attacks import selection as contracts
 from backdoorlab.benchmark import Experiment, MethodSpec, Runner, Store
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import Dataset, Split
 from backdoorlab.metrics.visibility import change
 from backdoorlab.modalities.base import modality_of
-from backdoorlab.training import Context, Recipe, Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, Recipe
 
 OWN = [cls for cls in attacks if cls.__module__.startswith("backdoorlab.attacks.")]
 
@@ -60,7 +61,7 @@ def pictures(kind: str) -> Task:
 def told(attack: Attack, task: Task) -> list[str]:
     ctx = Context()
     with pytest.raises(Stopped):
-        attack.plant(task, ctx)
+        attack.run(task, ctx)
     return ctx.warnings
 
 

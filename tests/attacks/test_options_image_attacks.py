@@ -12,13 +12,13 @@ from test_contract_image_attacks import check_roles, make, planted, reload, tiny
 from torch import Tensor
 
 from backdoorlab.attacks import attacks
-from backdoorlab.attacks.base import TargetMap
-from backdoorlab.attacks.batch_poison import BatchPoisoner
+from backdoorlab.attacks.common.batch_poison import BatchPoisoner
 from backdoorlab.attacks.image.adap_patch import draw_patches
 from backdoorlab.attacks.image.bpp import QuantizeTrigger
 from backdoorlab.attacks.image.input_aware import InputAware
 from backdoorlab.attacks.image.refool import ReflectionTrigger
 from backdoorlab.attacks.image.trojannn import draw_mask
+from backdoorlab.attacks.targets import TargetMap
 from backdoorlab.core.errors import InputError
 from backdoorlab.training import Context
 
@@ -151,7 +151,7 @@ def test_refool_takes_a_folder(tmp_path: Path) -> None:
     assert torch.equal(reload(trigger)(images), trigger(images))  # type: ignore[arg-type]
     assert not torch.equal(trigger(images), reflect(RGB)(images))  # type: ignore[arg-type]
     assert len(reflect(RGB, reflections=str(tmp_path), pool=2).pool) == 2
-    backdoor = attack.plant(tiny_task(RGB), Context())
+    backdoor = attack.run(tiny_task(RGB), Context())
     assert 0 <= backdoor.notes["asr_held_out"] <= 1
 
 
@@ -187,7 +187,7 @@ def test_an_instance_with_clean_labels_refuses_all_to_all() -> None:
 @pytest.mark.parametrize("name", ["badnets", "blended", "wanet", "bpp", "input_aware", "lira"])
 def test_all_to_all(name: str) -> None:
     task, attack = tiny_task(GREY), make(attacks.get(name, "image"), target_map="all-to-all")
-    backdoor = attack.plant(task, Context())
+    backdoor = attack.run(task, Context())
     check_roles(attack, task, backdoor.poison)
     _, wanted, true = backdoor.triggered_test(task)
     assert len(true) == len(task.test)
@@ -217,7 +217,7 @@ def test_batches_without_the_target_class(rate: float) -> None:
 @pytest.mark.parametrize("name", ["wanet", "bpp"])
 @pytest.mark.parametrize("poisoning", ["per-batch", "fixed-index"])
 def test_training_attacks_spare_the_target_class(name: str, poisoning: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from backdoorlab.training import task as module
+    from backdoorlab.training import blueprint as module
 
     seen: list[tuple[Tensor, Tensor]] = []
     original = module.fit
@@ -232,7 +232,7 @@ def test_training_attacks_spare_the_target_class(name: str, poisoning: str, monk
 
     monkeypatch.setattr(module, "fit", spy)
     attack = make(attacks.get(name, "image"), exclude_target=True, poisoning=poisoning)
-    backdoor = attack.plant(tiny_task(GREY), Context())
+    backdoor = attack.run(tiny_task(GREY), Context())
     check_roles(attack, tiny_task(GREY), backdoor.poison)
     relabelled = sum(int((after != before).sum()) for before, after in seen)
     assert relabelled == 12, "a quarter of 48 samples, all of which really change their label"
@@ -241,7 +241,7 @@ def test_training_attacks_spare_the_target_class(name: str, poisoning: str, monk
 def test_input_aware_spares_the_target_class() -> None:
     cls = attacks.get("input_aware", "image")
     assert cls is InputAware
-    spared = make(cls, exclude_target=True).plant(tiny_task(GREY), Context(seed=3))
+    spared = make(cls, exclude_target=True).run(tiny_task(GREY), Context(seed=3))
     check_roles(make(cls, exclude_target=True), tiny_task(GREY), spared.poison)
     assert bool((tiny_task(GREY).train.labels[spared.poison.indices[spared.poison.roles == 1]] != 0).all())
     weights = zip(spared.model.state_dict().values(), planted(cls).model.state_dict().values(), strict=True)

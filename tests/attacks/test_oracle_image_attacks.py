@@ -12,11 +12,12 @@ from scipy.ndimage import map_coordinates
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from backdoorlab.attacks.common.pictures import key_image, scenes
 from backdoorlab.attacks.draws import indexed_uniform, sample_uniform
 from backdoorlab.attacks.image.adap_blend import piece_index, random_half
 from backdoorlab.attacks.image.adap_patch import AdapPatch, draw_patches
 from backdoorlab.attacks.image.badnets import BadNets
-from backdoorlab.attacks.image.blended import Blended, constant_blend
+from backdoorlab.attacks.image.blended import Blended
 from backdoorlab.attacks.image.bpp import ForeignResidualTrigger, QuantizeTrigger
 from backdoorlab.attacks.image.ctrl import Ctrl
 from backdoorlab.attacks.image.ftrojan import FTrojan
@@ -24,14 +25,14 @@ from backdoorlab.attacks.image.lf import Lf, low_frequency_field, optimise_patte
 from backdoorlab.attacks.image.refool import ReflectionTrigger, Refool, expose, ghost, out_of_focus, vignette
 from backdoorlab.attacks.image.sig import Sig
 from backdoorlab.attacks.image.wanet import NoiseWarpTrigger, WarpTrigger, draw_field, warp_grid
-from backdoorlab.attacks.pixels import AdditiveTrigger, BlendTrigger
-from backdoorlab.attacks.procedural import key_image, scenes
+from backdoorlab.attacks.triggers.pixels import AdditiveTrigger, BlendTrigger, constant_blend
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import Dataset, Split
 from backdoorlab.modalities.base import modality_of
 from backdoorlab.modalities.filters import dct_matrix, gaussian_blur
 from backdoorlab.models import Classifier
-from backdoorlab.training import Context, Recipe, Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, Recipe
 
 SIZES = [(1, 16, 16), (3, 32, 32), (3, 29, 31), (3, 64, 64)]
 

@@ -12,17 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backdoorlab.attacks import attacks
-from backdoorlab.attacks.base import TargetMap
-from backdoorlab.attacks.generators import (
-    Companion,
-    DetailNet,
-    StrideNet,
-    generate,
-    pack,
-    seeded,
-    straight_through,
-    unpack,
-)
+from backdoorlab.attacks.common.generators import Companion, generate, pack, seeded, straight_through, unpack
 from backdoorlab.attacks.image.blind import Blind, BlindObjective, draw_pattern, mgda_weights, min_norm_weight
 from backdoorlab.attacks.image.input_aware import (
     ForeignTrigger,
@@ -39,6 +29,7 @@ from backdoorlab.attacks.image.lc import draw_corners, perturb, robust_surrogate
 from backdoorlab.attacks.image.lira import LiraObjective, LiraTrigger
 from backdoorlab.attacks.image.narcissus import foreign_split, optimise_noise
 from backdoorlab.attacks.image.trojannn import WrapTrigger, draw_mask, excite, strongest_units
+from backdoorlab.attacks.targets import TargetMap
 from backdoorlab.core.errors import BackdoorLabError, InputError
 from backdoorlab.data.sources import load_dataset
 from backdoorlab.data.split import Dataset, Split
@@ -46,7 +37,9 @@ from backdoorlab.modalities.base import modality_of
 from backdoorlab.modalities.image import ImageModality
 from backdoorlab.models import Classifier
 from backdoorlab.models.anatomy import features, head
-from backdoorlab.training import Context, Recipe, Task
+from backdoorlab.models.networks.generators import DetailNet, StrideNet
+from backdoorlab.tasks import Task
+from backdoorlab.training import Context, Recipe
 
 FACTS = {
     # name: (year, threat model, labels, visibility, sample specific, surrogate)
@@ -237,11 +230,11 @@ def test_blind_says_when_it_never_began(digits_task: Task) -> None:
 
     short = dataclasses.replace(digits_task, recipe=dataclasses.replace(digits_task.recipe, epochs=1, min_steps=0))
     with pytest.raises(BackdoorLabError, match="never fell below 1e-09"):
-        Blind(threshold=1e-9).plant(short, Context())
+        Blind(threshold=1e-9).run(short, Context())
 
 
 def test_blind_mgda_trains(digits_task: Task, benign_digits: Classifier) -> None:
-    backdoor = Blind(weighting="mgda").plant(digits_task, Context())
+    backdoor = Blind(weighting="mgda").run(digits_task, Context())
     metrics = backdoor.measure(digits_task, Context())
     print(metrics["acc"], metrics["asr"])
     assert metrics["asr"] > backdoor.measure(digits_task, Context(), benign_digits)["asr"] + 0.5
@@ -570,9 +563,9 @@ def test_narcissus_takes_foreign_data_that_can_be_used(digits_task: Task, tmp_pa
     with pytest.raises(InputError, match="leave out foreign"):
         attack.build({"surrogate": "own", "foreign": str(tmp_path)})
     with pytest.raises(InputError, match=r"folder|images"):
-        attack.build({"foreign": str(tmp_path), "poison_rate": 0.05}).plant(digits_task, Context())
+        attack.build({"foreign": str(tmp_path), "poison_rate": 0.05}).run(digits_task, Context())
     with pytest.raises(InputError, match="nowhere"):
-        attack.build({"foreign": str(tmp_path / "nowhere"), "poison_rate": 0.05}).plant(digits_task, Context())
+        attack.build({"foreign": str(tmp_path / "nowhere"), "poison_rate": 0.05}).run(digits_task, Context())
 
 
 # --- LIRA -------------------------------------------------------------------------------------------------------------
@@ -649,4 +642,4 @@ def test_lira_refuses_small_images(digits_task: Task) -> None:
     data = Dataset("tiny", "image", split, split)
     task = Task(digits_task.spec, data, modality_of(data), digits_task.recipe)
     with pytest.raises(InputError, match="lira: images must be at least 16 px on each side, got 16x12"):
-        attacks.get("lira", "image")().plant(task, Context())
+        attacks.get("lira", "image")().run(task, Context())

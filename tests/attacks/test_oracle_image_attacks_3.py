@@ -16,13 +16,13 @@ from test_oracle_image_attacks import FROM_CHROMA, bicubic, splitmix
 from torch import Tensor
 
 from backdoorlab.attacks import attacks
+from backdoorlab.attacks.common.pictures import key_image, scenes
 from backdoorlab.attacks.image.adap_blend import random_half
 from backdoorlab.attacks.image.adap_patch import draw_patches
-from backdoorlab.attacks.image.blended import constant_blend
 from backdoorlab.attacks.image.blind import PATTERN, draw_pattern
 from backdoorlab.attacks.image.refool import ReflectionTrigger
 from backdoorlab.attacks.image.wanet import NoiseWarpTrigger, WarpTrigger, draw_field
-from backdoorlab.attacks.procedural import key_image, scenes
+from backdoorlab.attacks.triggers.pixels import constant_blend
 from backdoorlab.training import Context
 
 SHAPES = [(1, 16, 16), (3, 29, 31)]

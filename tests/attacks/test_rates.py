@@ -15,7 +15,8 @@ from backdoorlab.core.errors import InputError
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import BACKDOOR, Dataset, Split
 from backdoorlab.modalities.base import modality_of
-from backdoorlab.training import Context, Recipe, Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, Recipe
 
 ALL = [cls for cls in attacks if cls.modalities != ("diffusion",) and cls.__module__.startswith("backdoorlab.")]
 CLEAN = [cls for cls in ALL if cls.label_mode == "clean"]

@@ -11,8 +11,8 @@ from test_contract_image_attacks import ALL, make, named, reload, tiny_task, tri
 from torch import Tensor
 
 from backdoorlab.attacks import Attack, PoisoningAttack, attacks
-from backdoorlab.attacks.procedural import key_image, read_picture, resize
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.common.pictures import key_image, read_picture, resize
+from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.training import Context
 
@@ -34,7 +34,7 @@ def built_at(name: str, shape: tuple[int, int, int]) -> Trigger:
     attack = make(attacks.get(name, "image"))
     if isinstance(attack, PoisoningAttack):
         return attack.make_trigger(tiny_task(shape), Context(seed=3))
-    return attack.plant(tiny_task(shape), Context(seed=3)).trigger
+    return attack.run(tiny_task(shape), Context(seed=3)).trigger
 
 
 @pytest.mark.parametrize("other", [LARGE, (3, 29, 47), (3, 33, 32)])

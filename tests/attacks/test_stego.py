@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from backdoorlab.attacks import attacks
+from backdoorlab.attacks.common.stego import Ramp, fidelity, interfere, judge
 from backdoorlab.attacks.image.poisonink import EdgeInkTrigger, PairedObjective, draw_ink, find_edges
 from backdoorlab.attacks.image.ssba import Decoder, Encoder, default_bits
-from backdoorlab.attacks.stego import Ramp, UNet, fidelity, interfere, judge, keep_scale
 from backdoorlab.core.errors import BackdoorLabError, InputError
 from backdoorlab.core.seeding import isolated_rng
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import Dataset, Split
 from backdoorlab.modalities.base import modality_of
-from backdoorlab.training import Context, Recipe, Task, TaskSpec
+from backdoorlab.models.networks.stego import UNet, keep_scale
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, Recipe
 from backdoorlab.training.context import MemoryAssets
 
 SHAPES = [(1, 16, 16), (3, 32, 32), (3, 29, 31)]
@@ -252,7 +254,7 @@ def test_gates_name_what_is_missed() -> None:
 @pytest.mark.parametrize("name", ["ssba", "poisonink"])
 def test_an_untrained_pair_is_told_and_noted(name: str) -> None:
     told, task = Told(), small_task()
-    backdoor = attacks.get(name, "image").build({**QUICK, "poison_rate": 0.25}).plant(task, Context(reporter=told))
+    backdoor = attacks.get(name, "image").build({**QUICK, "poison_rate": 0.25}).run(task, Context(reporter=told))
     assert backdoor.notes["gates_missed"]
     assert any(note.startswith(f"{name}: the hiding network falls short") for note in told.notes)
     measured = backdoor.trigger.measure(task.test.inputs)  # type: ignore[attr-defined]
@@ -356,7 +358,7 @@ def test_paired_mode_trains_another_model_on_the_same_poison() -> None:
     ordinary, paired = (
         attacks.get("poisonink", "image")
         .build({"variant": "edge", "mode": mode, "poison_rate": 0.25})
-        .plant(task, Context())
+        .run(task, Context())
         for mode in ("poison", "paired")
     )
     assert torch.equal(ordinary.poison.inputs, paired.poison.inputs)

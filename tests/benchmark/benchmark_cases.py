@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from backdoorlab.benchmark import MethodSpec
 from backdoorlab.data.sources import DatasetSpec
-from backdoorlab.training import TaskSpec
+from backdoorlab.tasks import TaskSpec
 
 TINY = TaskSpec(
     dataset=DatasetSpec(train_size=400, test_size=120),

@@ -20,7 +20,7 @@ from backdoorlab.attacks import attacks
 from backdoorlab.benchmark import Grid, MethodSpec, Runner, Store, run_grid
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.defenses import defenses
-from backdoorlab.training import TaskSpec
+from backdoorlab.tasks import TaskSpec
 
 GRID = Grid(
     "kill",

@@ -7,7 +7,7 @@ import torch
 from backdoorlab.benchmark.spec import data_digest
 from backdoorlab.data.split import Dataset, Split, text_array
 from backdoorlab.modalities.text import TextModality, fit_vocabulary
-from backdoorlab.training import Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
 from backdoorlab.training.recipes import recipe_for
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 import backdoorlab.benchmark.export as export_module
-from backdoorlab.attacks.base import Backdoor
+from backdoorlab.attacks.result import Backdoor
 from backdoorlab.benchmark import Experiment, MethodSpec, Runner, Store
 from backdoorlab.benchmark.export import export_run
 from backdoorlab.benchmark.export_place import checked_place
@@ -32,7 +32,7 @@ from backdoorlab.data.class_folders import folder_names, sample_names, write_fil
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import Dataset, Split
 from backdoorlab.models.classifier import build_model
-from backdoorlab.training import Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
 from backdoorlab.training.evaluate import predict
 
 T = TypeVar("T")
@@ -616,7 +616,7 @@ def test_other_runs_are_refused(filled: Runner, tmp_path: Path, stage: str) -> N
 
 
 def test_the_card_of_an_attack_says_how_visible_it_is(tmp_path: Path) -> None:
-    from backdoorlab.attacks.trigger import stamp_all
+    from backdoorlab.attacks.triggers.base import stamp_all
     from backdoorlab.metrics.visibility import visibility
 
     runner = Runner(Store(tmp_path))

@@ -9,8 +9,8 @@ from benchmark_cases import FT, TINY
 from backdoorlab.benchmark import Grid, LocalEngine, MethodSpec, Runner, Store, plan, run_grid
 from backdoorlab.benchmark import store as store_module
 from backdoorlab.benchmark.store import StoreError
-from backdoorlab.benchmark.worlds import recipe_changes
 from backdoorlab.core.errors import InputError
+from backdoorlab.tasks import Task
 from backdoorlab.training.recipes import recipe_for
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -119,7 +119,7 @@ def test_recipe_changes_are_checked_as_on_the_command_line(tmp_path: Path, chang
         Grid.from_yaml(path)
     typed = {k: ",".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in yaml.safe_load(changes).items()}
     with pytest.raises(InputError):
-        recipe_for("image", "smoke", **dict(recipe_changes("classifier", typed)))
+        recipe_for("image", "smoke", **dict(Task.recipe_changes(typed)))
 
 
 def test_both_doors_read_a_recipe_alike(tmp_path: Path):
@@ -133,7 +133,7 @@ def test_both_doors_read_a_recipe_alike(tmp_path: Path):
         "milestones": "1,2",
         "epochs": "10",
     }
-    assert grid.tasks[0].recipe_changes == tuple(sorted(recipe_changes("classifier", typed)))
+    assert grid.tasks[0].recipe_changes == tuple(sorted(Task.recipe_changes(typed)))
     assert dict(grid.tasks[0].recipe_changes) == {
         "lr": 0.01,
         "weight_decay": 0.001,

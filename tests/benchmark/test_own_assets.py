@@ -15,7 +15,7 @@ from backdoorlab.benchmark.store import OwnAssets
 from backdoorlab.cli.main import run
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.sources import DatasetSpec
-from backdoorlab.training import TaskSpec
+from backdoorlab.tasks import TaskSpec
 from backdoorlab.training.context import MemoryAssets
 
 TASK = TaskSpec(dataset=DatasetSpec(name="digits", train_size=200, test_size=100), model="convnet3", recipe="smoke",

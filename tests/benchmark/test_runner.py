@@ -10,9 +10,9 @@ from benchmark_cases import BADNETS, FT, TINY
 from torch import Tensor
 
 from backdoorlab.benchmark import Card, Experiment, MethodSpec, Runner, Store
-from backdoorlab.benchmark.evaluate import clean_indices
 from backdoorlab.core.errors import InputError, NotApplicable
-from backdoorlab.data.split import BACKDOOR, Split
+from backdoorlab.data.split import BACKDOOR, clean_indices
+from backdoorlab.defenses import DefenderView
 from backdoorlab.defenses.base import (
     DatasetDefense,
     InputDefense,
@@ -25,7 +25,7 @@ from backdoorlab.defenses.base import (
     defenses,
 )
 from backdoorlab.metrics.classification import defense_effectiveness, robust_improvement
-from backdoorlab.training import Context, Task
+from backdoorlab.training import Context
 
 FACTS = {"paper": "a test", "year": 2024, "modalities": ("image",)}
 
@@ -59,37 +59,38 @@ def _toys():
         def score(self, inputs: Tensor) -> Tensor:
             return corner(inputs)
 
-    def broken(self, model, clean, ctx):
+    def broken(self, view, ctx):
         raise ZeroDivisionError("a bug")
 
-    def unfit(self, model, clean, ctx):
+    def unfit(self, view, ctx):
         raise NotApplicable("needs a transformer")
 
-    def choosy(self, model, clean, ctx):
+    def choosy(self, view, ctx):
         raise InputError("give me something else")
 
-    def hooked(self, model, clean, ctx):
+    def hooked(self, view, ctx):
         import copy
 
-        shown = copy.deepcopy(model)
+        shown = copy.deepcopy(view.model)
         shown.net.register_forward_hook(lambda m, i, out: torch.zeros_like(out))  # an effect outside of the weights
         return shown
 
-    def train(self, data: Split, task: Task, ctx: Context) -> TrainingReport:
+    def train(self, view: DefenderView, ctx: Context) -> TrainingReport:
+        data = view.suspicious
         flags = corner(data.inputs) > 254
-        model, _ = task.fit(data[~flags], ctx)
+        model, _ = view.blueprint.fit(data[~flags], ctx)
         return TrainingReport(model, corner(data.inputs), flags, {"isolated": int(flags.sum())})
 
-    toy(InputDefense, "toy_input", fit=lambda self, model, clean, ctx: Detector())
-    toy(DatasetDefense, "toy_all", score=lambda s, data, model, ctx: torch.ones(len(data)),
-        flags=lambda s, scores, data: torch.ones(len(data)).bool())  # fmt: skip
-    toy(DatasetDefense, "toy_corner", score=lambda s, data, model, ctx: corner(data.inputs),
-        flags=lambda s, scores, data: scores > 254)  # fmt: skip
-    toy(TrainingDefense, "toy_train", train=train)
-    toy(ModelDefense, "toy_scan", scan=lambda self, model, clean, ctx: ScanReport(
+    toy(InputDefense, "toy_input", run=lambda self, view, ctx: Detector())
+    toy(DatasetDefense, "toy_all", score=lambda s, view, ctx: torch.ones(len(view.suspicious)),
+        flags=lambda s, scores, view: torch.ones(len(scores)).bool())  # fmt: skip
+    toy(DatasetDefense, "toy_corner", score=lambda s, view, ctx: corner(view.suspicious.inputs),
+        flags=lambda s, scores, view: scores > 254)  # fmt: skip
+    toy(TrainingDefense, "toy_train", run=train)
+    toy(ModelDefense, "toy_scan", run=lambda self, view, ctx: ScanReport(
         float("inf"), True, (0,), (9.0, float("nan")), {"mask": torch.ones(2)}))  # fmt: skip
     for label, repair in (("broken", broken), ("unfit", unfit), ("choosy", choosy), ("hooked", hooked)):
-        toy(RepairDefense, f"toy_{label}", repair=repair)
+        toy(RepairDefense, f"toy_{label}", run=repair)
     yield
     defenses._entries.clear()
     defenses._entries.update(before)

@@ -11,7 +11,7 @@ from backdoorlab.benchmark import Experiment, MethodSpec, attack_key, defense_ke
 from backdoorlab.benchmark.spec import changed_settings, data_digest, resolve
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.split import Dataset, Split
-from backdoorlab.training import Task, TaskSpec
+from backdoorlab.tasks import Task, TaskSpec
 
 
 def test_json_round_trip(digits_task: Task):

@@ -326,9 +326,11 @@ def test_what_stands_in_its_place_survives_a_failed_replacement(copy: StoredRun,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arch": None}, r"record\.json: lacks 'arch'"),
+        ({"model": None}, r"record\.json: lacks 'model'"),
+        ({"model": {"kind": "classifier", "num_classes": 10}}, r"record of a classifier lacks 'arch'"),
+        ({"model": {"kind": "no such"}}, r"unknown kind of model 'no such'"),
         ({"target_map": {"mode": "all-to-one"}}, r"record\.json: a field is missing or of another type"),
-        ({"modality": "image"}, r"record\.json: "),
+        ({"model": "image"}, r"record\.json: "),
         ({"trigger": []}, r"record\.json: a field is missing or of another type"),
     ],
 )

@@ -17,12 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
+from backdoorlab.analysis.figures import magnified
 from backdoorlab.attacks import attacks
-from backdoorlab.cli.figures import magnified
 from backdoorlab.data.digits import Digits
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.metrics.visibility import ssim, visibility
-from backdoorlab.training import Context, Task
+from backdoorlab.tasks import Task
+from backdoorlab.training import Context
 
 METRICS = ("acc", "asr", "ra", "der", "rir", "auroc", "tpr", "fpr", "precision", "f1", "score", "verdict", "targets")
 
@@ -237,7 +238,7 @@ def test_failed_work_is_exit_code_1(cli: Callable[..., Any], monkeypatch: pytest
     def explode(*_: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(FineTuning, "repair", explode)
+    monkeypatch.setattr(FineTuning, "run", explode)
     reply = cli("defend", "ft", "--run", lab.attack, "--set", "epochs=3", "--store", lab.store, "--json")
     assert reply.code == 1
     assert reply.json["status"] == "failed"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backdoorlab.cli.figures import frequency_residual, in_colors
+from backdoorlab.analysis.figures import frequency_residual, in_colors
 from backdoorlab.modalities.filters import inverse_dct
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backdoorlab.attacks.procedural import read_picture
+from backdoorlab.attacks.common.pictures import read_picture
 
 ATTACK = ("attack", "badnets")
 LONG = "x" * 300

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 from torch import Tensor
 
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.errors import BackdoorLabError
 from backdoorlab.core.registry import Registry
 

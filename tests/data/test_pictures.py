@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from backdoorlab.attacks.procedural import read_folder, read_picture
+from backdoorlab.attacks.common.pictures import read_folder, read_picture
 from backdoorlab.core.errors import DataWarning, InputError
 from backdoorlab.data import load_dataset
 from backdoorlab.data import pictures as door

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from backdoorlab.attacks import Backdoor
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.split import Split
+from backdoorlab.defenses import DefenderView
 from backdoorlab.defenses.training import abl
 from backdoorlab.defenses.training.abl import (
     AntiBackdoorLearning,
@@ -23,7 +24,8 @@ from backdoorlab.defenses.training.abl import (
     unlikelihood,
 )
 from backdoorlab.models import Classifier
-from backdoorlab.training import Context, Task, predict
+from backdoorlab.tasks import Task
+from backdoorlab.training import Context, predict
 
 LOSSES = [0.1, 0.5, 0.9, 2.0]
 
@@ -121,7 +123,9 @@ def test_unlearning_stops_once_the_suspects_are_forgotten(
 
 def test_an_isolation_of_nothing_is_refused(digits_task: Task) -> None:
     with pytest.raises(InputError, match=r"isolates none; the smallest useful value is 0\.02"):
-        AntiBackdoorLearning(isolation=0.01).train(digits_task.train[torch.arange(50)], digits_task, Context())
+        AntiBackdoorLearning(isolation=0.01).run(
+            DefenderView(suspicious=digits_task.train[torch.arange(50)], blueprint=digits_task.blueprint), Context()
+        )
 
 
 @pytest.mark.parametrize(("epochs", "kept"), [(1, [1]), (2, [2]), (3, [2, 3]), (4, [3, 4])])
@@ -142,8 +146,11 @@ def test_samples_are_ranked_by_the_mean_loss_of_the_later_epochs(
 
 
 def test_report_ranks_by_loss(badnets_digits: Backdoor, digits_task: Task) -> None:
-    report = AntiBackdoorLearning(ascent_loss="unlikelihood", ascent_lr=1e-3).train(
-        badnets_digits.poison.apply(digits_task.train).as_seen(), digits_task, Context(4)
+    report = AntiBackdoorLearning(ascent_loss="unlikelihood", ascent_lr=1e-3).run(
+        DefenderView(
+            suspicious=badnets_digits.poison.apply(digits_task.train).as_seen(), blueprint=digits_task.blueprint
+        ),
+        Context(4),
     )
     assert report.isolated is not None
     assert report.scores is not None

@@ -8,14 +8,16 @@ import torch
 
 from backdoorlab.attacks import Backdoor, attacks
 from backdoorlab.data.split import Split
+from backdoorlab.defenses import DefenderView
 from backdoorlab.defenses.dataset.ac import ActivationClustering, TwoClusters, reduce_features, two_clusters
-from backdoorlab.training import Context, Task
+from backdoorlab.tasks import Task
+from backdoorlab.training import Context
 
 
 @pytest.fixture(scope="module")
 def rare(digits_task: Task) -> Backdoor:
     """BadNets at 5 %: the poison is a minority of its class."""
-    return attacks.get("badnets", "image")(poison_rate=0.05, exclude_target=True).plant(digits_task, Context())
+    return attacks.get("badnets", "image")(poison_rate=0.05, exclude_target=True).run(digits_task, Context())
 
 
 def planted(count: int = 120, poison: int = 30) -> torch.Tensor:
@@ -70,8 +72,13 @@ def test_rules(rule: str, share: float, silhouette: float, verdict: bool) -> Non
 def test_flags_follow_their_samples_under_shuffling(rare: Backdoor, digits_task: Task) -> None:
     data, method = rare.poison.apply(digits_task.train).as_seen(), ActivationClustering(rule="smaller")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
-    flagged = method.flags(method.score(data, rare.model, Context()), data)
-    shuffled = method.flags(method.score(data[order], rare.model, Context()), data[order])
+    flagged = method.flags(
+        method.score(DefenderView(suspicious=data, model=rare.model), Context()), DefenderView(suspicious=data)
+    )
+    shuffled = method.flags(
+        method.score(DefenderView(suspicious=data[order], model=rare.model), Context()),
+        DefenderView(suspicious=data[order]),
+    )
     assert flagged.any()
     assert (shuffled == flagged[order]).float().mean() > 0.995
 
@@ -79,6 +86,6 @@ def test_flags_follow_their_samples_under_shuffling(rare: Backdoor, digits_task:
 def test_tiny_classes_are_not_judged(rare: Backdoor, digits_task: Task) -> None:
     data: Split = rare.poison.apply(digits_task.train).as_seen()
     few = data[torch.cat([(data.labels == 0).nonzero().flatten()[:19], (data.labels != 0).nonzero().flatten()])]
-    scores = ActivationClustering(rule="smaller").score(few, rare.model, Context())
+    scores = ActivationClustering(rule="smaller").score(DefenderView(suspicious=few, model=rare.model), Context())
     assert not scores[few.labels == 0].any()
     assert scores[few.labels == 1].any()

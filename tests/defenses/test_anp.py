@@ -11,13 +11,14 @@ from backdoorlab.attacks import Backdoor
 from backdoorlab.core.errors import InputError, NotApplicable
 from backdoorlab.data.sources import balanced_subset
 from backdoorlab.data.split import Split
-from backdoorlab.defenses import defenses
+from backdoorlab.defenses import DefenderView, defenses
 from backdoorlab.defenses.repair.anp import AdversarialNeuronPruning, adversarial_noise, prunable
 from backdoorlab.modalities.image import ImageModality
 from backdoorlab.modalities.text import TextModality
 from backdoorlab.models import Classifier, build_model
 from backdoorlab.models.anatomy import masked, split_units, unit_count
-from backdoorlab.training import Context, Task
+from backdoorlab.tasks import Task
+from backdoorlab.training import Context
 from backdoorlab.training.evaluate import predict
 
 
@@ -71,7 +72,7 @@ def test_pruned_channels_are_dead_and_nothing_else_changed(badnets_digits: Backd
     model = badnets_digits.model
     before = {k: v.clone() for k, v in model.state_dict().items()}
     method = AdversarialNeuronPruning(iterations=20, batch_size=32, threshold=0.9)
-    repaired = method.repair(model, clean, Context())
+    repaired = method.run(DefenderView(model=model, clean=clean), Context())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     mask = method.optimise_masks(model, clean[torch.randperm(144, generator=Context().generator("anp", "holdout"))],
                                  Context())  # fmt: skip
@@ -125,7 +126,9 @@ def test_all_clean_samples_choose_the_threshold(
         return 0.0
 
     monkeypatch.setattr(AdversarialNeuronPruning, "choose_threshold", choose)
-    AdversarialNeuronPruning(iterations=1, batch_size=8).repair(badnets_digits.model, clean, Context())
+    AdversarialNeuronPruning(iterations=1, batch_size=8).run(
+        DefenderView(model=badnets_digits.model, clean=clean), Context()
+    )
     assert seen == [len(clean)]
 
 
@@ -151,5 +154,7 @@ def test_models_without_batch_norm_are_pruned_at_convolutions_and_linear_layers(
 
 def test_too_few_samples_are_named(badnets_digits: Backdoor, clean: Split) -> None:
     with pytest.raises(InputError, match="at least 2 clean samples"):
-        AdversarialNeuronPruning().repair(badnets_digits.model, clean[torch.tensor([0])], Context())
+        AdversarialNeuronPruning().run(
+            DefenderView(model=badnets_digits.model, clean=clean[torch.tensor([0])]), Context()
+        )
     assert defenses.get("anp", "image") is AdversarialNeuronPruning

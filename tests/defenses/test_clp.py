@@ -13,12 +13,13 @@ from backdoorlab.attacks import Backdoor
 from backdoorlab.core.errors import NotApplicable
 from backdoorlab.core.seeding import isolated_rng
 from backdoorlab.data.split import Split
-from backdoorlab.defenses import defenses
+from backdoorlab.defenses import DefenderView, defenses
 from backdoorlab.defenses.repair.clp import ChannelLipschitzPruning, channel_lipschitz, neuron_bounds, outliers
 from backdoorlab.modalities.image import ImageModality
 from backdoorlab.models import Classifier, build_model
 from backdoorlab.models.anatomy import conv_norm_pairs, trace
-from backdoorlab.training import Context, Task
+from backdoorlab.tasks import Task
+from backdoorlab.training import Context
 
 IMAGE = ImageModality(3, 32, 32)
 
@@ -67,7 +68,7 @@ def test_outliers_follow_the_formula() -> None:
 def test_exactly_the_outlying_channels_die(badnets_digits: Backdoor, nothing: Split) -> None:
     model = badnets_digits.model
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    repaired = ChannelLipschitzPruning(u=1.5).repair(model, nothing, Context())
+    repaired = ChannelLipschitzPruning(u=1.5).run(DefenderView(model=model), Context())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     count = 0
     for (conv, norm), (_, after) in zip(conv_norm_pairs(model), conv_norm_pairs(repaired), strict=True):
@@ -81,11 +82,11 @@ def test_exactly_the_outlying_channels_die(badnets_digits: Backdoor, nothing: Sp
 
 
 def test_a_planted_sensitive_channel_is_the_only_one_pruned(benign_digits: Classifier, nothing: Split) -> None:
-    model = ChannelLipschitzPruning(u=100).repair(benign_digits, nothing, Context())  # u = 100: a plain copy
+    model = ChannelLipschitzPruning(u=100).run(DefenderView(model=benign_digits), Context())  # u = 100: a plain copy
     _, norm = conv_norm_pairs(model)[2]
     with torch.no_grad():
         norm.weight[5] *= 20
-    repaired = ChannelLipschitzPruning(u=4).repair(model, nothing, Context())
+    repaired = ChannelLipschitzPruning(u=4).run(DefenderView(model=model), Context())
     _, after = conv_norm_pairs(repaired)[2]
     assert (after.weight == 0).nonzero().flatten().tolist() == [5]
     assert all((n.weight != 0).all() for _, n in conv_norm_pairs(repaired)[:2])
@@ -95,21 +96,23 @@ def test_models_without_pairs_are_not_applicable_unless_adapted(digits_task: Tas
     model = build_model("vit_tiny_patch16_224", IMAGE, 10)
     assert ChannelLipschitzPruning.needs_clean_fraction == 0
     with pytest.raises(NotApplicable, match="transformer=true"):
-        ChannelLipschitzPruning().repair(model, nothing, Context())
+        ChannelLipschitzPruning().run(DefenderView(model=model), Context())
     blocks: Any = model.net.blocks
     found = neuron_bounds(trace(model))
     assert [layer for layer, _ in found] == [block.mlp.fc1 for block in blocks]
     layer, bounds = found[3]
     gain = blocks[3].norm2.weight
     assert bounds[10].item() == pytest.approx((layer.weight[10] * gain).norm().item(), rel=1e-5)
-    repaired = ChannelLipschitzPruning(transformer=True, u=2).repair(model, nothing, Context())
+    repaired = ChannelLipschitzPruning(transformer=True, u=2).run(DefenderView(model=model), Context())
     dead = outliers(bounds, 2.0)
     after = neuron_bounds(trace(repaired))[3][0]
     assert dead.any() and (after.weight[dead] == 0).all() and (after.bias[dead] == 0).all()
     with isolated_rng(0):
         plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     with pytest.raises(NotApplicable, match="nor a feed-forward layer"):
-        ChannelLipschitzPruning(transformer=True).repair(Classifier(plain, IMAGE, "plain", 10), nothing, Context())
+        ChannelLipschitzPruning(transformer=True).run(
+            DefenderView(model=Classifier(plain, IMAGE, "plain", 10)), Context()
+        )
 
 
 def test_registered() -> None:

@@ -13,9 +13,19 @@ import torch
 
 from backdoorlab.core.errors import InputError, NotApplicable
 from backdoorlab.data import DatasetSpec, Split
-from backdoorlab.defenses import Defense, InputDefense, RepairDefense, defenses
+from backdoorlab.defenses import (
+    DefenderView,
+    Defense,
+    InputDefense,
+    InputDetector,
+    Repair,
+    RepairDefense,
+    Screening,
+    defenses,
+)
 from backdoorlab.models import Classifier
-from backdoorlab.training import Context, Task, TaskSpec, predict
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, predict
 
 SETS = {"image": "digits", "text": "templated_text", "audio": "tone_words", "video": "moving_digits"}
 CHEAP = {"epochs": 1, "iterations": 3, "overlays": 4, "ascent_steps": 1, "isolation": 0.05, "min_steps": 2}
@@ -45,25 +55,21 @@ def build(cls: type[Defense]) -> Defense:
 
 def run(cls: type[Defense], modality: str, model: Classifier, data: Split) -> object:
     """One life of a defense on the tiny task; NotApplicable must give a reason."""
-    defense, ctx, task = build(cls), Context(seed=2), tiny_task(modality)
+    task = tiny_task(modality)
+    view = DefenderView(model=model, clean=data, suspicious=data, blueprint=task.blueprint)
     try:
-        match defense.stage:
-            case "dataset":
-                scores = defense.score(data, model, ctx)
-                return scores, defense.flags(scores, data)
-            case "training":
-                return defense.train(data, task, ctx)
-            case "repair":
-                return defense.repair(model, data, ctx)
-            case "input":
-                detector = defense.fit(model, data, ctx)
-                return detector.score(task.test.inputs), detector.threshold
-            case "model":
-                return defense.scan(model, data, ctx)
+        outcome = build(cls).apply(view, Context(seed=2))
     except NotApplicable as reason:
         assert len(str(reason)) > 20, "a defense that cannot apply says why"
         pytest.skip(str(reason))
-    raise AssertionError(f"unknown stage {defense.stage!r}")
+    match outcome:
+        case Screening():
+            return outcome.scores, outcome.flags
+        case Repair():
+            return outcome.model
+        case InputDetector():
+            return outcome.score(task.test.inputs), outcome.threshold
+    return outcome
 
 
 def same_inputs(a: object, b: object) -> bool:

@@ -13,6 +13,7 @@ from backdoorlab.attacks import Backdoor
 from backdoorlab.core.errors import InputError, NotApplicable
 from backdoorlab.data.sources import balanced_subset
 from backdoorlab.data.split import Split
+from backdoorlab.defenses import DefenderView
 from backdoorlab.defenses.model.neural_cleanse import (
     MaskedPatterns,
     NeuralCleanse,
@@ -25,7 +26,8 @@ from backdoorlab.modalities.audio import AudioModality
 from backdoorlab.modalities.text import TextModality
 from backdoorlab.modalities.video import VideoModality
 from backdoorlab.models import build_model
-from backdoorlab.training import Context, Task
+from backdoorlab.tasks import Task
+from backdoorlab.training import Context
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,9 @@ def test_what_is_recovered_reaches_its_class_and_the_model_stays_as_it_was(
     """Each kept trigger as it stands, on all clean samples, for every class that was reached."""
     model = badnets_digits.model
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    report = NeuralCleanse(epochs=25, batch_size=32, min_steps=3, patience=3).scan(model, clean, Context())
+    report = NeuralCleanse(epochs=25, batch_size=32, min_steps=3, patience=3).run(
+        DefenderView(model=model, clean=clean), Context()
+    )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
     mask, pattern = report.recovered["mask"], report.recovered["pattern"]
@@ -135,7 +139,10 @@ def test_attack_accuracy_is_counted_over_all_samples(badnets_digits: Backdoor, c
 
 def test_chunks_of_classes_do_not_change_the_result(badnets_digits: Backdoor, clean: Split) -> None:
     short = {"epochs": 2, "batch_size": 16, "min_steps": 2}
-    both = [NeuralCleanse(**short, max_rows=rows).scan(badnets_digits.model, clean, Context()) for rows in (16, 4096)]
+    both = [
+        NeuralCleanse(**short, max_rows=rows).run(DefenderView(model=badnets_digits.model, clean=clean), Context())
+        for rows in (16, 4096)
+    ]
     torch.testing.assert_close(both[0].recovered["mask"], both[1].recovered["mask"], atol=1e-3, rtol=0)
 
 
@@ -178,7 +185,9 @@ def test_a_prompt_made_of_words_is_the_same_as_inserting_them(arch: str) -> None
 
 def test_bad_input_is_named(badnets_digits: Backdoor, clean: Split) -> None:
     with pytest.raises(InputError, match="got none"):
-        NeuralCleanse().scan(badnets_digits.model, clean[torch.zeros(0, dtype=torch.int64)], Context())
+        NeuralCleanse().run(
+            DefenderView(model=badnets_digits.model, clean=clean[torch.zeros(0, dtype=torch.int64)]), Context()
+        )
     with pytest.raises(InputError, match="attack_threshold"):
         NeuralCleanse(attack_threshold=1.5)
     with pytest.raises(NotApplicable, match="word embeddings"):

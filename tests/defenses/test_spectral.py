@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from backdoorlab.data.split import Split
+from backdoorlab.defenses import DefenderView
 from backdoorlab.defenses.dataset.spectral import SpectralSignatures, spectral_scores, standardise
 
 
@@ -41,7 +42,7 @@ def test_a_fixed_share_of_every_class_is_removed(settings: dict[str, float], cou
     labels = torch.tensor([0] * 20 + [1] * 40)
     data = Split(torch.zeros(60, 1, 4, 4, dtype=torch.uint8), labels, ("a", "b"))
     scores = torch.randperm(60, generator=torch.Generator().manual_seed(3)).float()
-    flagged = SpectralSignatures(**settings).flags(scores, data)
+    flagged = SpectralSignatures(**settings).flags(scores, DefenderView(suspicious=data))
     for k, count in enumerate(counts):
         assert flagged[labels == k].sum() == count
         assert scores[(labels == k) & flagged].min() > scores[(labels == k) & ~flagged].max()

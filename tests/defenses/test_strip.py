@@ -11,9 +11,11 @@ import torch
 from backdoorlab.attacks import Backdoor
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.split import Split, text_array
+from backdoorlab.defenses import DefenderView
 from backdoorlab.defenses.input import strip
 from backdoorlab.defenses.input.strip import Overlay, Strip, entropy, overlay_entropy, saturating_sum
-from backdoorlab.training import Context, Task, predict
+from backdoorlab.tasks import Task
+from backdoorlab.training import Context, predict
 
 
 def some_clean(task: Task, count: int = 144) -> Split:
@@ -67,22 +69,22 @@ def test_text_is_blended_by_its_modality() -> None:
 
 def test_threshold_keeps_the_false_rejection_rate_on_calibration(badnets_digits: Backdoor, digits_task: Task) -> None:
     ctx, clean = Context(seed=3), some_clean(digits_task, 100)
-    detector = Strip(overlays=10, frr=0.1).fit(badnets_digits.model, clean, ctx)
+    detector = Strip(overlays=10, frr=0.1).run(DefenderView(model=badnets_digits.model, clean=clean), ctx)
     order = torch.randperm(100, generator=ctx.generator("overlays"))
     used = {x.numpy().tobytes() for x in detector.overlays}
     held_out = clean.inputs[order[50:]]
     assert not any(x.numpy().tobytes() in used for x in held_out), "overlays and calibration must be disjoint"
     assert detector.flags(detector.score(held_out)).sum() == 4  # as many as 10 % of 50 allow without exceeding it
-    again = Strip(overlays=10, frr=0.1).fit(badnets_digits.model, clean, ctx)
+    again = Strip(overlays=10, frr=0.1).run(DefenderView(model=badnets_digits.model, clean=clean), ctx)
     assert again.threshold == detector.threshold
 
 
 def test_scores_do_not_depend_on_the_rest_of_the_batch(badnets_digits: Backdoor, digits_task: Task) -> None:
-    detector = Strip(overlays=8).fit(badnets_digits.model, some_clean(digits_task), Context())
+    detector = Strip(overlays=8).run(DefenderView(model=badnets_digits.model, clean=some_clean(digits_task)), Context())
     whole, part = detector.score(digits_task.test.inputs[:40]), detector.score(digits_task.test.inputs[30:40])
     assert torch.allclose(whole[30:], part, atol=1e-4)
 
 
 def test_too_few_clean_samples_are_refused(badnets_digits: Backdoor, digits_task: Task) -> None:
     with pytest.raises(InputError, match="at least 4 clean samples"):
-        Strip().fit(badnets_digits.model, some_clean(digits_task, 3), Context())
+        Strip().run(DefenderView(model=badnets_digits.model, clean=some_clean(digits_task, 3)), Context())

@@ -12,25 +12,26 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from backdoorlab.analysis.diffusion import save_comparison, save_grids, tile
 from backdoorlab.attacks import attacks
-from backdoorlab.attacks.trigger import load_trigger
+from backdoorlab.attacks.diffusion.baddiffusion import BadDiffusion, posterior_shift, trigger_path
+from backdoorlab.attacks.diffusion.base import DiffusionBackdoor, NoiseTrigger, benign_backdoor
+from backdoorlab.attacks.triggers.base import load_trigger
 from backdoorlab.core.errors import ArtifactError, InputError, MissingExtra
 from backdoorlab.core.seeding import make_generator
 from backdoorlab.data.sources import DatasetSpec
-from backdoorlab.diffusion import DiffusionBackdoor, DiffusionTask, NoiseTrigger, Schedule, benign_backdoor
-from backdoorlab.diffusion.attacks.baddiffusion import BadDiffusion, posterior_shift, trigger_path
-from backdoorlab.diffusion.denoiser import denoising_loss
-from backdoorlab.diffusion.figures import save_comparison, save_grids, tile
-from backdoorlab.diffusion.patterns import TARGETS, grey_box, target_image
-from backdoorlab.diffusion.task import load_diffusion_task, to_images
+from backdoorlab.tasks import TaskSpec
+from backdoorlab.tasks.diffusion import DiffusionTask, Schedule
+from backdoorlab.tasks.diffusion.denoiser import denoising_loss
+from backdoorlab.tasks.diffusion.patterns import TARGETS, grey_box, target_image
+from backdoorlab.tasks.diffusion.sampling import to_images
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import TaskSpec
 
 pytest.importorskip("diffusers")
 
 
 def _task(**changes: Any) -> DiffusionTask:
-    return load_diffusion_task(
+    return DiffusionTask.load(
         TaskSpec(kind="diffusion", dataset=DatasetSpec(size=8), model="unet_micro", recipe="smoke",
                  recipe_changes=tuple(changes.items()))
     )  # fmt: skip
@@ -49,15 +50,15 @@ def context() -> Context:
 
 @pytest.fixture(scope="module")
 def planted(short: DiffusionTask, context: Context) -> DiffusionBackdoor:
-    return BadDiffusion(target_image="hat").plant(short, context)
+    return BadDiffusion(target_image="hat").run(short, context)
 
 
 def test_task_resolves_auto_and_refuses_what_it_cannot_use() -> None:
     spec = TaskSpec(kind="diffusion", dataset=DatasetSpec(size=16), recipe="fast")
-    task = load_diffusion_task(spec)
+    task = DiffusionTask.load(spec)
     assert (task.spec.model, task.shape, task.recipe.name) == ("unet_tiny", (1, 16, 16), "fast")
     for change, message in (
-        ({"kind": "classifier"}, "kind 'diffusion'"),
+        ({"kind": "classification"}, "kind 'diffusion'"),
         ({"recipe": "fats"}, "Did you mean 'fast'"),
         ({"recipe_changes": (("step", 3),)}, "Did you mean 'steps'"),
         ({"recipe_changes": (("timesteps", 3),)}, "timesteps must be at least 25, got 3"),
@@ -66,7 +67,7 @@ def test_task_resolves_auto_and_refuses_what_it_cannot_use() -> None:
         ({"dataset": DatasetSpec(size=18)}, "multiple of 4, got 18x18"),
     ):
         with pytest.raises(InputError, match=message):
-            load_diffusion_task(TaskSpec(**{"kind": "diffusion", "dataset": spec.dataset, **change}))
+            DiffusionTask.load(TaskSpec(**{"kind": "diffusion", "dataset": spec.dataset, **change}))
 
 
 def test_missing_diffusers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,11 +79,11 @@ def test_missing_diffusers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 def test_attack_is_found_and_checks_its_settings(short: DiffusionTask, context: Context) -> None:
     assert attacks.get("baddiffusion", "diffusion") is BadDiffusion
     with pytest.raises(InputError, match="target"):
-        BadDiffusion(target=1)
+        BadDiffusion.build({"target": 1})
     with pytest.raises(InputError, match="poisons none"):
-        BadDiffusion(poison_rate=1e-5).plant(short, context)
+        BadDiffusion(poison_rate=1e-5).run(short, context)
     with pytest.raises(InputError, match="at most 7"):
-        BadDiffusion(trigger_side=8).plant(short, context)
+        BadDiffusion(trigger_side=8).run(short, context)
 
 
 @pytest.mark.parametrize("side", [8, 16, 32])
@@ -125,10 +126,10 @@ def test_planting_is_deterministic_and_leaves_the_rest_alone(
     short: DiffusionTask, context: Context, planted: DiffusionBackdoor
 ) -> None:
     data, clean = short.train.inputs.clone(), short.clean_model(context).state_dict()  # type: ignore[union-attr]
-    again = BadDiffusion(target_image="hat").plant(short, context)
+    again = BadDiffusion(target_image="hat").run(short, context)
     for key, value in planted.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[key]), key
-    other = BadDiffusion(target_image="hat").plant(short, Context(seed=4, assets=context.assets))
+    other = BadDiffusion(target_image="hat").run(short, Context(seed=4, assets=context.assets))
     assert not torch.equal(planted.poisoned, other.poisoned)
     assert torch.equal(short.train.inputs, data)  # type: ignore[arg-type]
     untouched = short.clean_model(context).state_dict()
@@ -157,11 +158,13 @@ def test_state_round_trip_draws_the_same_images(
 def test_damaged_records_are_refused(planted: DiffusionBackdoor) -> None:
     tensors, record = planted.state()
     with pytest.raises(ArtifactError, match="not a record"):
-        DiffusionBackdoor.from_state(tensors, {**record, "backdoor": "classifier"})
+        DiffusionBackdoor.from_state(tensors, {**record, "backdoor": "classification"})
     with pytest.raises(ArtifactError, match="lacks 'timesteps'"):
-        DiffusionBackdoor.from_state(tensors, {k: v for k, v in record.items() if k != "timesteps"})
+        DiffusionBackdoor.from_state(
+            tensors, {**record, "model": {k: v for k, v in record["model"].items() if k != "timesteps"}}
+        )
     with pytest.raises(ArtifactError, match="do not fit unet_tiny"):
-        DiffusionBackdoor.from_state(tensors, {**record, "arch": "unet_tiny"})
+        DiffusionBackdoor.from_state(tensors, {**record, "model": {**record["model"], "arch": "unet_tiny"}})
     with pytest.raises(ArtifactError, match="does not fit its tensors"):
         DiffusionBackdoor.from_state(tensors, {**record, "sampler": "euler"})
 
@@ -186,7 +189,7 @@ def test_measure_reports_the_model_that_it_was_given(
     assert own["frechet_local_benign"] == other["frechet_local_benign"]
     assert (own["acc"], own["n_clean"], own["n_triggered"], own["sampler"]) == (None, 12, 4, "ancestral")
     assert 0 <= own["asr"] <= 1
-    json.dumps(own, allow_nan=False)
+    json.dumps(dict(own), allow_nan=False)
     benign = benign_backdoor(short, context, planted.trigger, planted.target)
     assert benign.measure(short, context) == other
 

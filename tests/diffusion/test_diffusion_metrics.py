@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.seeding import make_generator
-from backdoorlab.diffusion.metrics import frechet_distance, judged, squared_error, structural_similarity
+from backdoorlab.tasks.diffusion.metrics import frechet_distance, judged, squared_error, structural_similarity
 
 
 def _images(count: int, channels: int, side: int, name: str) -> Tensor:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from backdoorlab.attacks.diffusion.baddiffusion import posterior_shift, stamped, trigger_path
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.seeding import make_generator
-from backdoorlab.diffusion.attacks.baddiffusion import posterior_shift, stamped, trigger_path
-from backdoorlab.diffusion.sampling import Schedule, ancestral_chain, ddim_chain, matched_shift
+from backdoorlab.tasks.diffusion.sampling import Schedule, ancestral_chain, ddim_chain, matched_shift
 
 TIMESTEPS = (100, 250, 1000)
 

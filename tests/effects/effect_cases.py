@@ -20,11 +20,12 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from backdoorlab.attacks import Backdoor, attacks
+from backdoorlab.attacks.common.surrogate import clean_surrogate
 from backdoorlab.attacks.image.cba import DRAWS, mix, same_class
 from backdoorlab.attacks.image.lba import train_student
-from backdoorlab.attacks.surrogate import clean_surrogate
 from backdoorlab.data.sources import DatasetSpec, balanced_subset
 from backdoorlab.data.split import BACKDOOR, COVER, Split, text_array
+from backdoorlab.defenses import DefenderView
 from backdoorlab.defenses.dataset.ac import ActivationClustering
 from backdoorlab.defenses.dataset.spectral import SpectralSignatures
 from backdoorlab.defenses.dataset.strip import StripDataset
@@ -36,7 +37,8 @@ from backdoorlab.defenses.repair.ft import FineTuning
 from backdoorlab.defenses.training.abl import AntiBackdoorLearning
 from backdoorlab.models import Classifier
 from backdoorlab.models.anatomy import conv_norm_pairs, head
-from backdoorlab.training import Context, Recipe, Task, TaskSpec, fit, predict
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training import Context, Recipe, fit, predict
 
 Numbers = dict[str, float]
 Bounds = dict[str, tuple[str, float]]
@@ -116,7 +118,7 @@ def benign(seed: int, dataset: str = "digits", **changes: Any) -> Classifier:
 @lru_cache(maxsize=2)
 def victim(seed: int, **settings: Any) -> Backdoor:
     """BadNets on digits; read only."""
-    return attacks.get("badnets", "image").build(settings).plant(task(seed), Context(seed))
+    return attacks.get("badnets", "image").build(settings).run(task(seed), Context(seed))
 
 
 @lru_cache(maxsize=1)
@@ -145,7 +147,7 @@ def effect(backdoor: Backdoor, mine: Task, model: Classifier, ctx: Context) -> N
 
 def planted(seed: int, name: str, **settings: Any) -> tuple[Backdoor, Numbers]:
     """An image attack on digits and its effect."""
-    backdoor = attacks.get(name, "image").build(settings).plant(task(seed), context(seed))
+    backdoor = attacks.get(name, "image").build(settings).run(task(seed), context(seed))
     return backdoor, effect(backdoor, task(seed), benign(seed), context(seed))
 
 
@@ -237,7 +239,7 @@ def composite(seed: int, **settings: Any) -> Numbers:
     """
     mine = task(seed, min_steps=900)
     backdoor = (
-        attacks.get("cba", "image").build({"shake": 0.0, "poison_rate": 0.08, **settings}).plant(mine, Context(seed))
+        attacks.get("cba", "image").build({"shake": 0.0, "poison_rate": 0.08, **settings}).run(mine, Context(seed))
     )
     numbers = effect(backdoor, mine, benign(seed, min_steps=900), Context(seed))
     trigger, test = backdoor.trigger, mine.test
@@ -300,7 +302,7 @@ SETS = {"text": "templated_text", "audio": "tone_words", "video": "moving_digits
 
 def other(seed: int, modality: str, **settings: Any) -> tuple[Backdoor, Task, Numbers]:
     mine = task(seed, SETS[modality])
-    backdoor = attacks.get("badnets", modality).build({"poison_rate": 0.1, **settings}).plant(mine, Context(seed))
+    backdoor = attacks.get("badnets", modality).build({"poison_rate": 0.1, **settings}).run(mine, Context(seed))
     return backdoor, mine, effect(backdoor, mine, benign(seed, SETS[modality]), Context(seed))
 
 
@@ -337,13 +339,14 @@ def video_all_to_all(seed: int) -> Numbers:
       ssim=least(0.5), frechet=most(1.5), confidence_lost=most(0.1), ddim=least(1.5))  # fmt: skip
 def baddiffusion(seed: int) -> Numbers:
     """Takes hold on 8-px digits, leaves other samples as they were, and needs its own sampler."""
-    from backdoorlab.diffusion.attacks.baddiffusion import BadDiffusion
-    from backdoorlab.diffusion.metrics import squared_error
-    from backdoorlab.diffusion.task import load_diffusion_task, to_images
+    from backdoorlab.attacks.diffusion.baddiffusion import BadDiffusion
+    from backdoorlab.tasks.diffusion import DiffusionTask
+    from backdoorlab.tasks.diffusion.metrics import squared_error
+    from backdoorlab.tasks.diffusion.sampling import to_images
 
-    mine = load_diffusion_task(TaskSpec(kind="diffusion", dataset=DatasetSpec(size=8, seed=seed), model="unet_micro",
+    mine = DiffusionTask.load(TaskSpec(kind="diffusion", dataset=DatasetSpec(size=8, seed=seed), model="unet_micro",
                                         recipe="smoke", recipe_changes=(("steps", 150), ("samples", 60))))  # fmt: skip
-    backdoor = BadDiffusion(poison_rate=0.4).plant(mine, context(seed))
+    backdoor = BadDiffusion(poison_rate=0.4).run(mine, context(seed))
     found, target = backdoor.measure(mine, context(seed)), to_images(backdoor.target)
 
     def error(**settings: Any) -> float:
@@ -387,8 +390,8 @@ def ac(seed: int) -> Numbers:
     strict = ActivationClustering(min_silhouette=0.4)
 
     def flagged(method: ActivationClustering, data: Split, model: Classifier) -> tuple[Tensor, Tensor]:
-        scores = method.score(data, model, Context(seed))
-        return method.flags(scores, data), scores
+        scores = method.score(DefenderView(suspicious=data, model=model), Context(seed))
+        return method.flags(scores, DefenderView(suspicious=data)), scores
 
     truth = poisoned.roles == BACKDOOR
     plain = found(*flagged(ActivationClustering(), poisoned.as_seen(), backdoor.model), truth)
@@ -411,9 +414,9 @@ def spectral(seed: int) -> Numbers:
     backdoor = victim(seed, poison_rate=0.02, exclude_target=True)
     poisoned = backdoor.poison.apply(task(seed).train)
     method = SpectralSignatures()
-    scores = method.score(poisoned.as_seen(), backdoor.model, Context(seed))
+    scores = method.score(DefenderView(suspicious=poisoned.as_seen(), model=backdoor.model), Context(seed))
     truth, target = poisoned.roles == BACKDOOR, poisoned.labels == 0
-    numbers = found(method.flags(scores, poisoned.as_seen()), scores, truth)
+    numbers = found(method.flags(scores, DefenderView(suspicious=poisoned.as_seen())), scores, truth)
     return numbers | {"auroc": float(roc_auc_score(truth[target], scores[target]))}
 
 
@@ -423,8 +426,10 @@ def strip_dataset(seed: int) -> Numbers:
     backdoor = victim(seed, **PATCH)
     poisoned = backdoor.poison.apply(task(seed).train)
     method = StripDataset(overlays=15)
-    scores = method.score(poisoned.as_seen(), backdoor.model, Context(seed))
-    numbers = found(method.flags(scores, poisoned.as_seen()), scores, poisoned.roles == BACKDOOR)
+    scores = method.score(DefenderView(suspicious=poisoned.as_seen(), model=backdoor.model), Context(seed))
+    numbers = found(
+        method.flags(scores, DefenderView(suspicious=poisoned.as_seen())), scores, poisoned.roles == BACKDOOR
+    )
     return numbers | {"gain": numbers["tpr"] / max(numbers["fpr"], 1e-3)}
 
 
@@ -435,7 +440,9 @@ def isolated(seed: int, **settings: Any) -> Numbers:
     """ABL: precision of the isolation, ASR and ACC before and after."""
     backdoor, mine = victim(seed, **PATCH), task(seed)
     poisoned = backdoor.poison.apply(mine.train)
-    report = AntiBackdoorLearning.build(settings).train(poisoned.as_seen(), mine, Context(seed))
+    report = AntiBackdoorLearning.build(settings).run(
+        DefenderView(suspicious=poisoned.as_seen(), blueprint=mine.blueprint), Context(seed)
+    )
     before, after = (backdoor.measure(mine, Context(seed), m) for m in (None, report.model))
     assert report.isolated is not None
     return {
@@ -462,7 +469,9 @@ def abl_sequential(seed: int) -> Numbers:
 @case("defense/training/abl_benign", acc_lost=most(0.15))
 def abl_benign(seed: int) -> Numbers:
     """What it costs on benign data: what is isolated there are clean samples, which are then unlearned."""
-    report = AntiBackdoorLearning().train(task(seed).train, task(seed), Context(seed))
+    report = AntiBackdoorLearning().run(
+        DefenderView(suspicious=task(seed).train, blueprint=task(seed).blueprint), Context(seed)
+    )
     return {"acc_lost": accuracy(benign(seed), task(seed).test) - accuracy(report.model, task(seed).test)}
 
 
@@ -512,8 +521,8 @@ def pruned(seed: int, method: AdversarialNeuronPruning | ChannelLipschitzPruning
     """A repair of the victim above and of a benign model."""
     backdoor, mine, ctx = victim(seed, **PATCH), task(seed), Context(seed)
     before = backdoor.measure(mine, ctx, subnet_victim(seed))
-    after = backdoor.measure(mine, ctx, method.repair(subnet_victim(seed), clean(seed), ctx))
-    left = method.repair(benign(seed), clean(seed), ctx)
+    after = backdoor.measure(mine, ctx, method.run(DefenderView(model=subnet_victim(seed), clean=clean(seed)), ctx))
+    left = method.run(DefenderView(model=benign(seed), clean=clean(seed)), ctx)
     return {
         "asr_before": before["asr"],
         "asr_lost": before["asr"] - after["asr"],
@@ -536,7 +545,9 @@ def clp(seed: int) -> Numbers:
 def ft(seed: int) -> Numbers:
     backdoor, mine, ctx = victim(seed, **PATCH), task(seed), Context(seed)
     before = backdoor.measure(mine, ctx)
-    after = backdoor.measure(mine, ctx, FineTuning(epochs=60, lr=0.05).repair(backdoor.model, clean(seed), ctx))
+    after = backdoor.measure(
+        mine, ctx, FineTuning(epochs=60, lr=0.05).run(DefenderView(model=backdoor.model, clean=clean(seed)), ctx)
+    )
     return {"asr_lost": before["asr"] - after["asr"], "acc_lost": before["acc"] - after["acc"]}
 
 
@@ -550,7 +561,7 @@ def strip(seed: int) -> Numbers:
     triggered = backdoor.triggered_test(mine)[0]
 
     def scores(model: Classifier) -> tuple[float, float, float]:
-        detector = Strip(overlays=30).fit(model, clean(seed), Context(seed))
+        detector = Strip(overlays=30).run(DefenderView(model=model, clean=clean(seed)), Context(seed))
         parts = [detector.score(inputs) for inputs in (mine.test.inputs, triggered)]
         truth = torch.cat([torch.full((len(part),), float(i)) for i, part in enumerate(parts)])
         rates = [float(detector.flags(part).float().mean()) for part in parts]
@@ -569,7 +580,9 @@ def neural_cleanse(seed: int) -> Numbers:
     """
     backdoor, mine = victim(seed, **PATCH), task(seed)
     quick, few = NeuralCleanse(epochs=40, batch_size=32, min_steps=3, patience=3), clean(seed, 72)
-    report, other_report = (quick.scan(model, few, Context(seed)) for model in (backdoor.model, benign(seed)))
+    report, other_report = (
+        quick.run(DefenderView(model=model, clean=few), Context(seed)) for model in (backdoor.model, benign(seed))
+    )
     mask, pattern = (report.recovered[name][0] for name in ("mask", "pattern"))
     rest = mine.test[mine.test.labels != 0]
     x = backdoor.model.modality.prepare(rest.inputs)

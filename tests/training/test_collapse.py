@@ -13,7 +13,8 @@ from torch import Tensor
 from backdoorlab.core.errors import BackdoorLabError
 from backdoorlab.data import Split
 from backdoorlab.models.classifier import Classifier
-from backdoorlab.training import Context, FitLog, Recipe, Task, cross_entropy
+from backdoorlab.tasks import Task
+from backdoorlab.training import Context, FitLog, Recipe, cross_entropy
 from backdoorlab.training.context import Silent
 
 STEPS = 24  # an epoch

@@ -14,7 +14,8 @@ from backdoorlab.core.errors import BackdoorLabError, InputError
 from backdoorlab.core.seeding import make_generator, spawn
 from backdoorlab.data import Split
 from backdoorlab.models import build_model
-from backdoorlab.training import Context, Recipe, Task, fit, predict, predict_features, recipe_for
+from backdoorlab.tasks import Task
+from backdoorlab.training import Context, Recipe, fit, predict, predict_features, recipe_for
 
 
 def few(task: Task, count: int = 96) -> Split:
@@ -136,7 +137,7 @@ def test_transformers_and_timm_models_train_through_the_same_door() -> None:
 
 
 def recipe_spec(model: str):
-    from backdoorlab.training import TaskSpec
+    from backdoorlab.tasks import TaskSpec
 
     return TaskSpec(model=model)
 

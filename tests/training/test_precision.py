@@ -7,7 +7,8 @@ import torch
 
 from backdoorlab.benchmark.meter import hardware
 from backdoorlab.models import build_model
-from backdoorlab.training import Context, Recipe, Task, predict
+from backdoorlab.tasks import Task
+from backdoorlab.training import Context, Recipe, predict
 from backdoorlab.training.context import autocast, fast_bf16
 
 CPU = torch.device("cpu")

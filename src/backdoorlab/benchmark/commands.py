@@ -8,10 +8,10 @@ from typing import Any
 
 from backdoorlab.benchmark.spec import Experiment, build_attack, build_defense
 from backdoorlab.core.method import Method
-from backdoorlab.training.task import Task
+from backdoorlab.tasks import BaseTask
 
 
-def attack_command(experiment: Experiment, task: Task) -> str:
+def attack_command(experiment: Experiment, task: BaseTask) -> str:
     """``backdoorlab attack ...`` with everything that differs from a default."""
     spec, dataset = task.spec, task.spec.dataset
     words = ["backdoorlab", "attack", experiment.attack.name if experiment.attack else "none"]
@@ -22,7 +22,7 @@ def attack_command(experiment: Experiment, task: Task) -> str:
         ("--test-size", dataset.test_size),
     ):
         words += [option, str(value)] if value is not None else []
-    words += ["--kind", spec.kind] if spec.kind != "classifier" and experiment.attack is None else []
+    words += ["--kind", spec.kind] if spec.kind != "classification" and experiment.attack is None else []
     words += ["--data-seed", str(dataset.seed)] if dataset.seed else []
     words += _pairs("--recipe-set", dict(spec.recipe_changes)) + _pairs(
         "--set", _changed(build_attack(experiment, task))
@@ -32,7 +32,7 @@ def attack_command(experiment: Experiment, task: Task) -> str:
     return shlex.join([*words, "--seed", str(experiment.seed)])
 
 
-def defense_command(experiment: Experiment, task: Task, parent: str) -> str:
+def defense_command(experiment: Experiment, task: BaseTask, parent: str) -> str:
     """``backdoorlab defend ... --run PARENT``; the parent's card has the command that makes it."""
     defense = build_defense(experiment, task)
     assert experiment.defense is not None

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import Backdoor
+from backdoorlab.attacks.result import Backdoor
 from backdoorlab.benchmark.export_card import ARRAYS, ROLES, Part, export_card, readme
 from backdoorlab.benchmark.export_place import checked_place, whole_folder, write_sums
 from backdoorlab.benchmark.runner import Runner
@@ -40,8 +40,8 @@ from backdoorlab.core.errors import InputError, unknown
 from backdoorlab.core.foreign import csv_cell
 from backdoorlab.data.class_folders import SUFFIXES, sample_names, write_files
 from backdoorlab.data.split import BACKDOOR, CLEAN, take
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Reporter
-from backdoorlab.training.task import Task
 
 FORMATS = ("both", "folder", "npz")
 ONLY = ("all", "poisoned")
@@ -71,7 +71,7 @@ def export_run(
             raise unknown(kind, given, choices)
     place = checked_place(folder, force)
     stored = attack_of(runner, run)
-    task, backdoor = runner.load_backdoor(stored)
+    task, backdoor = runner.load_classification(stored)
     with stored.rebuilding("poison.safetensors"):
         parts, modality = parts_of(task, backdoor, only), task.dataset.modality
     if modality == "video" and form == "folder":
@@ -109,7 +109,7 @@ def attack_of(runner: Runner, run: str) -> StoredRun:
         raise InputError(f"{stored.id} is a defense and has no poisoned data of its own; {hint}")
     if card.status != "ok":
         raise InputError(f"{stored.id} has nothing to export; its status is {card.status}: {card.reason}")
-    if stored.record().get("backdoor") != "classifier":
+    if stored.record().get("backdoor") != "classification":
         raise InputError(
             f"{stored.id} is an attack on a diffusion model: its trigger lies in noise, not in a poisoned data set; "
             "give an attack on a classifier"

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import backdoorlab
-from backdoorlab.attacks.base import Backdoor
+from backdoorlab.attacks.result import Backdoor
 from backdoorlab.benchmark.store import StoredRun
 from backdoorlab.core.foreign import visible
 from backdoorlab.data.class_folders import folder_names
 from backdoorlab.data.split import Inputs
-from backdoorlab.training.task import Task
+from backdoorlab.tasks import Task
 
 FORMAT, VERSION = "backdoorlab-export", 2
 ROLES = ("clean", "backdoor", "cover")

@@ -31,16 +31,15 @@ from backdoorlab.benchmark.card import Card
 from backdoorlab.benchmark.engine import Engine, LocalEngine
 from backdoorlab.benchmark.runner import Runner
 from backdoorlab.benchmark.spec import Experiment, MethodSpec, canonical
-from backdoorlab.benchmark.worlds import check_recipe, recipe_changes
 from backdoorlab.core.canonical import MAX_SEED
-from backdoorlab.core.errors import InputError, nearest, unknown
+from backdoorlab.core.errors import InputError, nearest
 from backdoorlab.core.excerpt import brief, shown
 from backdoorlab.core.paths import printable, read_bytes
 from backdoorlab.core.records import YAML_BYTES, parse_yaml
 from backdoorlab.core.registry import Registry
-from backdoorlab.data.sources import DatasetSpec, datasets
+from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.defenses.base import defenses
-from backdoorlab.training.task import TaskSpec
+from backdoorlab.tasks import TaskSpec, kinds
 
 MOST_STAGES = 1_000_000
 """Stages that a grid may have: a second each is twelve days."""
@@ -147,9 +146,6 @@ class Grid:
         if count > MOST_STAGES:
             raise InputError(f"a grid of {count:,} stages; expected at most {MOST_STAGES:,}")
         modalities = [_modalities(task) for task in self.tasks]
-        for task, served in zip(self.tasks, modalities, strict=True):
-            for modality in served:
-                check_recipe(task, modality)
         wanted = {m for served in modalities for m in served}
         for registry, methods in ((attacks, self.attacks), (defenses, self.defenses)):
             for method in methods:
@@ -241,14 +237,12 @@ class _Task(_Strict):
     model: str = "auto"
     recipe: str = "fast"
     recipe_changes: dict[str, Any] = {}
-    kind: str = "classifier"
+    kind: str = "classification"
 
     def spec(self) -> TaskSpec:
-        if self.kind not in KINDS:
-            raise unknown("kind of task", self.kind, KINDS)
         data = DatasetSpec(name=self.dataset, size=self.size, train_size=self.train_size, test_size=self.test_size,
                            seed=self.data_seed)  # fmt: skip
-        changes = tuple(sorted(recipe_changes(self.kind, self.recipe_changes)))
+        changes = tuple(sorted(kinds.get(self.kind).recipe_changes(self.recipe_changes)))
         return TaskSpec(dataset=data, model=self.model, recipe=self.recipe, recipe_changes=changes, kind=self.kind)
 
 
@@ -271,7 +265,6 @@ class _GridFile(_Strict):
         return Grid(self.name, tasks, planting, defending, tuple(self.seeds), self.clean_fraction, self.retrain)
 
 
-KINDS = ("classifier", "diffusion")
 _PARTS: dict[str, type[BaseModel]] = {"tasks": _Task, "attacks": _Method, "defenses": _Method}
 
 
@@ -291,13 +284,8 @@ def _first(error: ValidationError) -> str:
 
 
 def _modalities(task: TaskSpec) -> tuple[str, ...]:
-    """Modalities that a task's data may have; one, except for folders, which say so only when they are read."""
-    if task.kind == "diffusion":
-        return ("diffusion",)
-    if task.kind not in KINDS:
-        raise unknown("kind of task", task.kind, KINDS)
-    head, colon, _ = task.dataset.name.partition(":")
-    return tuple(datasets.get(head + colon).modalities)
+    """Names under which methods may serve a task; one, except for folders, which say so only when they are read."""
+    return kinds.get(task.kind).check(task)
 
 
 def _named(registry: Registry[Any], method: MethodSpec) -> MethodSpec:

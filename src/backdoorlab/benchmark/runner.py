@@ -13,15 +13,15 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from backdoorlab.attacks.base import Backdoor
-from backdoorlab.benchmark import worlds
+from backdoorlab.attacks.base import attacks, restore_backdoor
+from backdoorlab.attacks.result import Backdoor, Planted
 from backdoorlab.benchmark.card import Card
 from backdoorlab.benchmark.commands import attack_command, defense_command
-from backdoorlab.benchmark.evaluate import Outcome, Victim, clean_indices, evaluate, finish
+from backdoorlab.benchmark.measure import Measured, Victim, finish, measure_outcome
 from backdoorlab.benchmark.meter import Meter, environment
 from backdoorlab.benchmark.spec import (
     Experiment,
@@ -36,9 +36,12 @@ from backdoorlab.benchmark.spec import (
 from backdoorlab.benchmark.store import OwnAssets, Store, StoredRun
 from backdoorlab.core.errors import ArtifactError, BackdoorLabError, InputError, NotApplicable
 from backdoorlab.core.seeding import derive_seed
+from backdoorlab.data.split import clean_indices
+from backdoorlab.defenses.base import defenses
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.models.persistence import State, StoredModel, restore_model
+from backdoorlab.tasks import BaseTask, Task, TaskSpec, load_task
 from backdoorlab.training.context import Context, Reporter, Silent
-from backdoorlab.training.task import Task, TaskSpec
 
 DONE = ("ok", "not_applicable")
 _KEPT_TASKS = 2
@@ -65,14 +68,14 @@ class Runner:
         self.store, self.device, self.reporter = store, torch.device(device), reporter or Silent()
         self.root, self.download, self.reused = root, download, False
         self._assets = store.assets(self.reporter)
-        self._tasks: dict[TaskSpec, Task] = {}
+        self._tasks: dict[TaskSpec, BaseTask] = {}
 
-    def task(self, spec: TaskSpec) -> Task:
+    def task(self, spec: TaskSpec) -> BaseTask:
         """Load a task; the latest ones are kept."""
         if spec not in self._tasks:
             while len(self._tasks) >= _KEPT_TASKS:
                 del self._tasks[next(iter(self._tasks))]
-            self._tasks[spec] = worlds.load_task(spec, self.root, self.download)
+            self._tasks[spec] = load_task(spec, root=self.root, download=self.download)
         return self._tasks[spec]
 
     def keys(self, experiment: Experiment) -> tuple[str, str | None]:
@@ -106,8 +109,8 @@ class Runner:
             return stored
         attack, ctx = build_attack(experiment, task), self._context(experiment, "attack")
 
-        def work(meter: Meter) -> Outcome:
-            return self._benign(task, ctx, meter) if attack is None else self._plant(attack.plant, task, ctx, meter)
+        def work(meter: Meter) -> Measured:
+            return self._benign(task, ctx, meter) if attack is None else self._plant(attack.run, task, ctx, meter)
 
         return self._stage(stage, experiment, spec, task, work, [], attack_command(experiment, task), fresh)
 
@@ -132,7 +135,7 @@ class Runner:
         before = self.attack(experiment)
         filled = Experiment.from_json(spec)
 
-        def work(meter: Meter) -> Outcome:
+        def work(meter: Meter) -> Measured:
             if before.status != "ok":
                 error = NotApplicable if before.status == "not_applicable" else BackdoorLabError
                 raise error(f"{before.id} has status {before.status}: {before.reason}")
@@ -141,15 +144,17 @@ class Runner:
             rows = clean_indices(task.train.labels, task.num_classes, filled.clean_fraction or 0.0, experiment.seed)
             retraining = self._context(experiment, "retrain") if filled.retrain else None
             ctx = self._context(experiment, "defense")
-            outcome = evaluate(defense, victim, task.train[rows], ctx, retraining, meter)
-            outcome.tensors["clean"] = {"indices": rows}
-            outcome.metrics["n_defender"] = len(rows)
-            if getattr(getattr(victim.backdoor, "poison", None), "replay", False) and defense.needs_poisoned_data:
-                outcome.notes["replay"] = True
+            with meter.part("defense"):
+                outcome = defense.apply(victim.view(task.train[rows], defense.reads), ctx)
+            measured = measure_outcome(outcome, victim, retraining, meter)
+            measured.tensors["clean"] = {"indices": rows}
+            measured.metrics = {**measured.metrics, "n_defender": len(rows)}
+            if getattr(getattr(victim.backdoor, "poison", None), "replay", False) and "suspicious" in defense.reads:
+                measured.notes["replay"] = True
             if told := [*ctx.warnings, *(retraining.warnings if retraining else ())]:
-                outcome.notes["warnings"] = told
-            outcome.metrics, outcome.reasons = finish(outcome.metrics, outcome.reasons, victim)
-            return outcome
+                measured.notes["warnings"] = told
+            measured.metrics, measured.reasons = finish(measured.metrics, measured.reasons, victim)
+            return measured
 
         command = defense_command(experiment, task, before.key)
         return self._stage("defense", experiment, spec, task, work, [before.id], command, fresh)
@@ -169,7 +174,7 @@ class Runner:
         """
         return self.store.keep_own(kind, given)
 
-    def load_backdoor(self, run: Card | StoredRun | str) -> tuple[Task, Backdoor]:
+    def load_backdoor(self, run: Card | StoredRun | str) -> tuple[BaseTask, Planted]:
         """Task and backdoor of a stored attack, or of the attack behind a stored defense.
 
         Raises:
@@ -178,17 +183,28 @@ class Runner:
         """
         found = self._base(run)
         card = self._ok(found)
-        if card.stage == "benign" and card.spec["task"]["kind"] == "classifier":
+        if card.stage == "benign":
             raise InputError(f"{found.id} is a benign model: it has no backdoor")
         task = self.task(card.experiment().task)
         if resolve(card.experiment(), task)["resolved"]["data"] != card.spec["resolved"]["data"]:
             raise ArtifactError(f"{found.id} was made from other data than {task.dataset.name} holds now")
         with found.rebuilding():
-            backdoor = worlds.restore_backdoor((found.all_tensors(), found.record()), self.device)
-            worlds.try_out(backdoor, task)
+            backdoor = restore_backdoor((found.all_tensors(), found.record()), self.device)
+            backdoor.try_on(task)
             return task, backdoor
 
-    def load_model(self, run: Card | StoredRun | str) -> Classifier:
+    def load_classification(self, run: Card | StoredRun | str) -> tuple[Task, Backdoor]:
+        """:meth:`load_backdoor` for classification tasks.
+
+        Raises:
+            InputError: for an attack on another kind of task.
+        """
+        task, backdoor = self.load_backdoor(run)
+        if not isinstance(task, Task) or not isinstance(backdoor, Backdoor):
+            raise InputError(f"this needs an attack on a classifier, got a task of kind {task.name}")
+        return task, backdoor
+
+    def load_model(self, run: Card | StoredRun | str) -> StoredModel:
         """The model of a stored run: victim, benign, repaired, trained or retrained.
 
         Raises:
@@ -201,8 +217,14 @@ class Runner:
         record = found.record()
         with found.rebuilding():
             if "backdoor" in record:
-                return worlds.restore_backdoor((found.all_tensors(), record), self.device).model
-            return worlds.load_model(({"model": found.tensors("model")}, record), self.device)
+                return restore_backdoor((found.all_tensors(), record), self.device).model
+            return self._model((found.all_tensors(), record))
+
+    def _model(self, state: State) -> StoredModel:
+        """A stored model; the classes of models that methods bring are known once the methods are."""
+        attacks.names()
+        defenses.names()
+        return restore_model(state, self.device)
 
     def experiment_on(self, run: Card | StoredRun | str, defense: MethodSpec) -> Experiment:
         """The experiment that applies a defense to a stored attack or benign model (or to that behind a defense)."""
@@ -233,45 +255,44 @@ class Runner:
         assets = OwnAssets(self._assets, {kind: self.store.own(kind, key) for kind, key in own.items()})
         return Context(derive_seed(experiment.seed, name), self.device, self.reporter, assets)
 
-    def _plant(self, plant: Callable[[Task, Context], Backdoor], task: Task, ctx: Context, meter: Meter) -> Outcome:
+    def _plant(self, plant: Callable[[Any, Context], Planted], task: BaseTask, ctx: Context, meter: Meter) -> Measured:
         with meter.part("attack"):
             planted = plant(task, ctx)
-        tensors, record = worlds.backdoor_state(planted)
+        tensors, record = state = planted.stored()
         with meter.part("measure"):  # as it comes back from the store, so that the artifact reproduces its numbers
-            backdoor = worlds.restore_backdoor((tensors, record), self.device)
-            measured = worlds.measure(backdoor, task, ctx.child("measure"))
-            seen = worlds.visibility_of(backdoor, task)
+            backdoor = restore_backdoor(state, self.device)
+            measured = backdoor.measure(task, ctx.child("measure"))
+            seen = backdoor.visibility(task)
         metrics, reasons = finish(measured, {}, None)
         reasons |= {
-            k: measured.get(f"{k}_note", "no test samples to measure it on") for k in ("asr", "ra") if k in reasons
+            k: measured.reasons.get(k, "no test samples to measure it on") for k in ("asr", "ra") if k in reasons
         }
         told = {"warnings": list(ctx.warnings)} if ctx.warnings else {}
         notes = dict(planted.notes) | planted.log.notes() | seen | told
         if getattr(getattr(planted, "poison", None), "replay", False):
             notes["replay"] = True
-        return Outcome(metrics, reasons, tensors, record, planted.log.rows(), notes)
+        return Measured(metrics, reasons, tensors, record, planted.log.rows(), notes)
 
-    def _benign(self, task: Task, ctx: Context, meter: Meter) -> Outcome:
+    def _benign(self, task: BaseTask, ctx: Context, meter: Meter) -> Measured:
         with meter.part("attack"):
-            (tensors, record), log = worlds.benign(task, ctx)
+            model, log = task.train_benign(ctx)
+        tensors, record = state = model.state()
         with meter.part("measure"):
-            if "backdoor" in record:
-                dressed = worlds.restore_backdoor((tensors, record), self.device)
-                measured = worlds.measure(dressed, task, ctx.child("measure"))
-            else:
-                measured = worlds.measure_benign(task, worlds.load_model((tensors, record), self.device))
+            measured = task.measure_benign(restore_model(state, self.device), ctx.child("measure"))
         metrics, reasons = finish(measured, {}, None)
         told = {"warnings": list(ctx.warnings)} if ctx.warnings else {}
-        return Outcome(metrics, reasons, tensors, record, log.rows(), log.notes() | told)
+        return Measured(metrics, reasons, tensors, record, log.rows(), log.notes() | told)
 
-    def _victim(self, before: Card, task: Task) -> Victim:
+    def _victim(self, before: Card, task: BaseTask) -> Victim:
         run = self.store.run(before.stage, before.key)
         tensors, record = run.all_tensors(), run.record()
         with run.rebuilding():
-            backdoor = worlds.restore_backdoor((tensors, record), self.device) if "backdoor" in record else None
-            model = backdoor.model if backdoor else worlds.load_model((tensors, record), self.device)
+            backdoor = restore_backdoor((tensors, record), self.device) if "backdoor" in record else None
+            model = backdoor.model if backdoor else self._model((tensors, record))
         measuring = Context(derive_seed(before.spec["seed"], "attack"), self.device, self.reporter, self._assets)
-        return Victim(task, model, backdoor, before.stage == "attack", before.metrics, measuring.child("measure"))
+        # A defense asks for what it reads; the parts of a classification are missed by none that serves another kind.
+        known = cast(Task, task), cast(Classifier, model), cast(Backdoor | None, backdoor)
+        return Victim(*known, before.stage == "attack", before.metrics, measuring.child("measure"))
 
     def _stored(self, stage: str, key: str) -> Card | None:
         """The card of a run that need not be repeated; no lock is taken, so that it may be anybody's to write."""
@@ -285,8 +306,8 @@ class Runner:
         stage: str,
         experiment: Experiment,
         spec: dict[str, Any],
-        task: Task,
-        work: Callable[[Meter], Outcome],
+        task: BaseTask,
+        work: Callable[[Meter], Measured],
         parents: list[str],
         command: str,
         fresh: bool,
@@ -315,7 +336,7 @@ class Runner:
             return self.store.save(card, outcome.tensors, outcome.record, outcome.log).card()
 
 
-def _failure(error: Exception) -> tuple[str, str, Outcome]:
+def _failure(error: Exception) -> tuple[str, str, Measured]:
     """Status, reason and an outcome without numbers for work that did not succeed."""
     status = "not_applicable" if isinstance(error, NotApplicable) else "failed"
     reason = " ".join(str(error).split()) or type(error).__name__
@@ -325,4 +346,4 @@ def _failure(error: Exception) -> tuple[str, str, Outcome]:
         reason = f"{type(error).__name__}: {reason[:500]} ({Path(last.filename).name}:{last.lineno})"
         log = [{"traceback": "".join(traceback.format_exception(error))}]
     metrics, reasons = finish({}, {}, None)
-    return status, reason, Outcome(metrics, dict.fromkeys(reasons, f"{status}: {reason}"), log=log)
+    return status, reason, Measured(metrics, dict.fromkeys(reasons, f"{status}: {reason}"), log=log)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from backdoorlab.attacks.base import Attack, attacks
-from backdoorlab.benchmark.worlds import recipe_changes
 from backdoorlab.core.canonical import MAX_SEED, canonical, dump_canonical, jsonable
 from backdoorlab.core.errors import InputError, nearest
 from backdoorlab.core.excerpt import shown
@@ -25,14 +24,13 @@ from backdoorlab.core.method import Method
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import Split
 from backdoorlab.defenses.base import Defense, defenses
-from backdoorlab.training.task import Task, TaskSpec
+from backdoorlab.tasks import BaseTask, TaskSpec, kinds
 
 CONTRACT = 2
 """Version of everything between a spec and its numbers that is not a method's own file."""
 
-_TAKES_CLEAN = ("repair", "input", "model")
-_digests: weakref.WeakKeyDictionary[Task, str] = weakref.WeakKeyDictionary()
-_recipes: weakref.WeakKeyDictionary[Task, dict[str, Any]] = weakref.WeakKeyDictionary()
+_digests: weakref.WeakKeyDictionary[BaseTask, str] = weakref.WeakKeyDictionary()
+_recipes: weakref.WeakKeyDictionary[BaseTask, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -144,18 +142,17 @@ def task_spec(record: Mapping[str, Any]) -> TaskSpec:
         given = dict(record.get("recipe_changes", ()))
     except (TypeError, ValueError):
         raise InputError(f"recipe_changes must be pairs of a field and a value, got {shown(record)}") from None
-    kind = record.get("kind", "classifier")
-    changes = recipe_changes(kind, given)
+    changes = kinds.get(str(record.get("kind", TaskSpec().kind))).recipe_changes(given)
     rest = {k: v for k, v in record.items() if k not in ("dataset", "recipe_changes")}
     return TaskSpec(dataset=DatasetSpec(**dataset), recipe_changes=changes, **rest)
 
 
-def modality_name(task: Task) -> str:
-    """The modality under which methods are looked up ("diffusion" for generative tasks)."""
-    return "diffusion" if task.spec.kind == "diffusion" else task.modality.name
+def modality_name(task: BaseTask) -> str:
+    """The name under which methods for a task are looked up."""
+    return task.methods
 
 
-def build_attack(experiment: Experiment, task: Task) -> Attack | None:
+def build_attack(experiment: Experiment, task: BaseTask) -> Attack | None:
     """The attack with all hyper-parameters set, or None.
 
     Raises:
@@ -176,21 +173,21 @@ def build_attack(experiment: Experiment, task: Task) -> Attack | None:
     return attack
 
 
-def build_defense(experiment: Experiment, task: Task) -> Defense | None:
+def build_defense(experiment: Experiment, task: BaseTask) -> Defense | None:
     """The defense with all hyper-parameters set, or None."""
     if experiment.defense is None:
         return None
     return defenses.get(experiment.defense.name, modality_name(task)).build(experiment.defense.settings)
 
 
-def resolve(experiment: Experiment, task: Task) -> dict[str, Any]:
+def resolve(experiment: Experiment, task: BaseTask) -> dict[str, Any]:
     """The experiment with every default filled in, as JSON; readable by :meth:`Experiment.from_json`.
 
     ``resolved`` holds what the user did not write: the recipe field by field, a digest of the data, and the contract.
     """
     attack, defense = build_attack(experiment, task), build_defense(experiment, task)
     fraction, retrain = 0.0, True
-    if defense is not None and defense.stage in _TAKES_CLEAN:
+    if defense is not None and "clean" in defense.reads:
         given = experiment.clean_fraction
         fraction = defense.needs_clean_fraction if given is None else given
     if defense is not None and defense.stage == "dataset":
@@ -204,7 +201,7 @@ def resolve(experiment: Experiment, task: Task) -> dict[str, Any]:
     return filled
 
 
-def changed_settings(experiment: Experiment, task: Task) -> dict[str, list[str]]:
+def changed_settings(experiment: Experiment, task: BaseTask) -> dict[str, list[str]]:
     """Names of the hyper-parameters that differ from their defaults, under "attack" and "defense"."""
     built: dict[str, Method | None] = {
         "attack": build_attack(experiment, task),
@@ -213,12 +210,12 @@ def changed_settings(experiment: Experiment, task: Task) -> dict[str, list[str]]
     return {kind: method.changed() for kind, method in built.items() if method is not None}
 
 
-def attack_key(experiment: Experiment, task: Task) -> str:
+def attack_key(experiment: Experiment, task: BaseTask) -> str:
     """Key of the attack (or benign) stage: 20 hexadecimal digits."""
     return stage_key(resolve(experiment.undefended(), task))
 
 
-def defense_key(experiment: Experiment, task: Task) -> str:
+def defense_key(experiment: Experiment, task: BaseTask) -> str:
     """Key of the defense stage.
 
     Raises:
@@ -240,14 +237,14 @@ def stage_key(resolved: Mapping[str, Any]) -> str:
     return hashlib.sha256(dump_canonical(spec).encode()).hexdigest()[:20]
 
 
-def _recipe(task: Task) -> dict[str, Any]:
+def _recipe(task: BaseTask) -> dict[str, Any]:
     """Fields of the task's recipe as JSON values (kept per task)."""
     if task not in _recipes:
-        _recipes[task] = jsonable(dataclasses.asdict(task.recipe)) if dataclasses.is_dataclass(task.recipe) else {}
+        _recipes[task] = jsonable(dataclasses.asdict(task.recipe))
     return _recipes[task]
 
 
-def data_digest(task: Task) -> str:
+def data_digest(task: BaseTask) -> str:
     """Hash of training and test samples (kept per task), so that a changed folder never meets old results."""
     if task not in _digests:
         parts = _split_digest(task.train) + _split_digest(task.test)

@@ -9,13 +9,13 @@ import typer
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import Progress, out
 from backdoorlab.core.canonical import MAX_SEED
-from backdoorlab.core.errors import InputError, unknown
+from backdoorlab.core.errors import InputError
 
 if TYPE_CHECKING:
     from backdoorlab.benchmark import Runner
 
 BENIGN = ("none", "benign")
-KINDS = ("classifier", "diffusion")
+DEFAULT_KIND = "classification"
 
 
 def register(app: typer.Typer) -> None:
@@ -53,7 +53,8 @@ def attack_command(
     test_size: Annotated[int | None, typer.Option(help="Balanced subset of the test set.", metavar="N")] = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels, where it can be chosen.", metavar="PX")] = None,
     kind: Annotated[
-        str | None, typer.Option(help="classifier or diffusion; follows from the attack.", metavar="KIND")
+        str | None,
+        typer.Option(help="Kind of task: classification or diffusion; follows from the attack.", metavar="KIND"),
     ] = None,
     data_seed: Annotated[
         int, typer.Option(min=0, max=MAX_SEED, help="Of subsets, splits and procedural data sets.")
@@ -87,10 +88,9 @@ def attack_command(
     if name is None:
         raise InputError("attack: which one? Expected a NAME, see `backdoorlab list attacks`")
     from backdoorlab.benchmark import Experiment, MethodSpec
-    from backdoorlab.benchmark.worlds import recipe_changes
     from backdoorlab.cli.outcome import conclude
     from backdoorlab.data.sources import DatasetSpec
-    from backdoorlab.training.task import TaskSpec
+    from backdoorlab.tasks import TaskSpec, kinds
 
     changes: dict[str, Any] = dict(opt.pairs(settings))
     for key, value in (("poison_rate", poison_rate), ("target", target)):
@@ -101,7 +101,7 @@ def attack_command(
         changes[key] = value
     data = DatasetSpec(name=dataset, size=size, train_size=train_size, test_size=test_size, seed=data_seed)
     kind = kind_of(name, kind)
-    recipe_fields = recipe_changes(kind, opt.pairs(recipe_set, "--recipe-set"))
+    recipe_fields = kinds.get(kind).recipe_changes(opt.pairs(recipe_set, "--recipe-set"))
     spec = TaskSpec(dataset=data, model=model, recipe=recipe, kind=kind, recipe_changes=recipe_fields)
     files = opt.pairs(asset, "--asset", words="-")
     if name in BENIGN and files:
@@ -116,23 +116,24 @@ def attack_command(
 
 
 def kind_of(name: str, given: str | None) -> str:
-    """The kind of task: that of the attack; for the benign model what was given, by default a classifier.
+    """The kind of task: that of the attack; for the benign model what was given, by default classification.
 
     Raises:
         InputError: for an unknown attack or kind, or a kind that the attack does not serve.
     """
     from backdoorlab.attacks import attacks
+    from backdoorlab.tasks import kinds
 
-    if given is not None and given not in KINDS:
-        raise unknown("kind of task", given, KINDS)
+    if given is not None:
+        given = kinds.get(given).name
     if name in BENIGN:
-        return given or "classifier"
+        return given or DEFAULT_KIND
     name = attacks.canonical(name)
-    served = [m for cls in attacks if cls.name == name for m in cls.modalities] or [*attacks.get(name).modalities]
-    fitting = {"diffusion" if m == "diffusion" else "classifier" for m in served}
+    served = {m for cls in attacks if cls.name == name for m in cls.modalities} or {*attacks.get(name).modalities}
+    fitting = {kind.name for kind in kinds if served & {*kind.modalities}}
     if given is not None and given not in fitting:
-        raise InputError(f"--kind {given}: attack {name} is for {', '.join(sorted(fitting))} tasks")
-    return given or ("classifier" if "classifier" in fitting else "diffusion")
+        raise InputError(f"--kind {given}: attack {name} is for tasks of kind {', '.join(sorted(fitting))}")
+    return given or (DEFAULT_KIND if DEFAULT_KIND in fitting else min(fitting))
 
 
 def make_runner(store: str, device: str, root: str | None = None, download: bool = False) -> Runner:

@@ -58,8 +58,8 @@ def stamp_command(
         raise InputError("stamp: expected --out DIR, the folder for the stamped files")
     place = opt.output_folder(folder, "--out")
     stored = _find(run, store)
-    from backdoorlab.attacks.base import Backdoor
-    from backdoorlab.attacks.trigger import stamp_all
+    from backdoorlab.attacks.result import Backdoor
+    from backdoorlab.attacks.triggers.base import stamp_all
     from backdoorlab.data.files import find_samples, output_names, read_samples, write_samples
 
     trigger, modality = _trigger(stored, Backdoor)
@@ -103,10 +103,13 @@ def predict_command(
     stored = _find(run, store)
     from backdoorlab.cli.attack import make_runner
     from backdoorlab.data.files import find_samples, join_samples, read_samples
+    from backdoorlab.models.classifier import Classifier
     from backdoorlab.training.evaluate import predict
 
     runner = make_runner(store, device)
     model = runner.load_model(stored)
+    if not isinstance(model, Classifier):
+        raise InputError(f"{stored.id} is a {model.kind}, which classifies nothing; `backdoorlab show` tells about it")
     with stored.rebuilding():
         form = sample_format(model.modality)
         outputs = predict(model, blank_samples(form)).shape[1]
@@ -183,7 +186,7 @@ def _trigger(stored: StoredRun, backdoor: Any) -> tuple[Any, Modality]:
         hint = f"; it stands on {parents[0]}: pass --run {parents[0]}" if parents else "; give an attack's run"
         raise InputError(f"run {stored.id} has no trigger{hint}")
     record = stored.record()
-    if "trigger" not in record or "modality" not in record:
+    if record.get("backdoor") != backdoor.kind:
         raise InputError(f"run {stored.id} is an attack whose trigger cannot be applied to files")
     with stored.rebuilding():
         planted = backdoor.from_state(stored.all_tensors(), record)

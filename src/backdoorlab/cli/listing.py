@@ -82,7 +82,7 @@ def markdown_table(kind: str, rows: list[dict[str, Any]]) -> str:
 
 def _cells(kind: str, row: dict[str, Any]) -> list[str]:
     """One row as it is shown; aliases stand beside the name."""
-    cells = {column: _cell(column, row[column]) for column in _SHOWN[kind]}
+    cells = {column: _cell(column, row.get(column)) for column in _SHOWN[kind]}
     cells["name"] = " = ".join((cells["name"], *row.get("aliases", ())))
     return [*cells.values()]
 

@@ -91,7 +91,7 @@ def quickstart_command(
     from backdoorlab.benchmark import Experiment, MethodSpec
     from backdoorlab.cli.attack import make_runner
     from backdoorlab.cli.outcome import as_record
-    from backdoorlab.training.task import TaskSpec
+    from backdoorlab.tasks import TaskSpec
 
     started = time.perf_counter()
     runner = make_runner(store, device)
@@ -181,8 +181,8 @@ def _draw(runner: Runner, cards: list[Card], path: Path) -> None:
     """Clean and triggered digits, and what the model says before and after the most effective defense."""
     from torch import Tensor
 
-    from backdoorlab.attacks.trigger import stamp_all
-    from backdoorlab.cli.figures import BAD, GOOD, Line, Row, draw_rows
+    from backdoorlab.analysis.figures import BAD, GOOD, Line, Row, draw_rows
+    from backdoorlab.attacks.triggers.base import stamp_all
     from backdoorlab.training.evaluate import predict
 
     attack = cards[1]

@@ -91,13 +91,16 @@ def _draw(runner: Any, stored: StoredRun, figure: Path, samples: int) -> dict[st
 
     from torch import Tensor
 
-    from backdoorlab.attacks.trigger import stamp_all
-    from backdoorlab.cli.figures import draw_trigger
+    from backdoorlab.analysis.figures import draw_trigger
+    from backdoorlab.attacks.result import Backdoor
+    from backdoorlab.attacks.triggers.base import stamp_all
 
     if stored.stage != "attack":
         raise InputError(f"--figure: {stored.id} has no trigger to draw; give an attack's run{_parent_hint(stored)}")
     with stored.rebuilding():
-        modality = stored.record().get("modality", {}).get("name")
+        record = stored.record()
+        kind = record.get("backdoor")
+        modality = record["model"]["modality"]["name"] if kind == Backdoor.kind else kind
     if modality != "image":
         raise InputError(f"--figure draws image triggers; {stored.id} is an attack on {modality} data")
     task, backdoor = runner.load_backdoor(stored)

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import math
+import re
 import sys
 import types
 import typing
@@ -144,7 +145,7 @@ class Method:
         """Hash of the code that makes the method: its file and the files beside it that it is built from.
 
         "Beside it" is the same family of modules (``backdoorlab.attacks``, a plug-in's own package); a changed method
-        gets new results, not old ones. Contracts (``base`` modules) do not count: they have a version of their own.
+        gets new results, not old ones. The library's own contracts do not count: they have a version of their own.
         What counts is the syntax tree: comments, docstrings and layout may change.
 
         Raises:
@@ -202,11 +203,22 @@ def _sources(cls: type) -> set[Path]:
             ) from None
         for value in vars(module).values():
             name = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
-            inside = isinstance(name, str) and (name == family or name.startswith(f"{family}."))
-            if inside and name not in seen and not str(name).endswith(".base") and name in sys.modules:
+            inside = isinstance(name, str) and (name == family or name.startswith((f"{family}.", _SHARED)))
+            if inside and name not in seen and not _is_contract(str(name)) and name in sys.modules:
                 seen.add(str(name))
                 waiting.append(str(name))
     return found
+
+
+_CONTRACTS = re.compile(
+    r"backdoorlab\.(attacks\.(base|files|poisoning|result|selection|targets|triggers\.base)|defenses\.(base|view))"
+)
+_SHARED = "backdoorlab.models.networks."
+"""Networks that methods are built from: they count as if they lay beside the method."""
+
+
+def _is_contract(module: str) -> bool:
+    return _CONTRACTS.fullmatch(module) is not None
 
 
 def _range(field: dataclasses.Field[Any]) -> str:

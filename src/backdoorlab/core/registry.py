@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from backdoorlab.core.errors import BackdoorLabError, InputError, unknown
+from backdoorlab.core.errors import BackdoorLabError, InputError, nearest, unknown
 
 T = TypeVar("T")
 
@@ -119,3 +119,28 @@ class Registry(Generic[T]):
         except BaseException:
             self._loaded = False
             raise
+
+
+def by_attribute(registry: Registry[T], name: str) -> type[T]:
+    """The class that is meant by an attribute such as ``attacks.BadNets`` or ``defenses.ANP``.
+
+    Class names, registered names and aliases are understood, without regard to case and underscores. Where a name
+    serves several modalities the first is returned; methods follow the task that they are used on.
+
+    Raises:
+        AttributeError: if there is none, with the nearest one.
+    """
+    if name.startswith("_"):
+        raise AttributeError(name)
+    wanted = _folded(name)
+    known: dict[str, type[T]] = {}
+    for cls in registry:
+        for label in (cls.__name__, cls.name, *getattr(cls, "aliases", ())):  # type: ignore[attr-defined]
+            known.setdefault(_folded(label), cls)
+    if wanted not in known:
+        raise AttributeError(f"no {registry.kind} {name!r}.{nearest(wanted, known)}")
+    return known[wanted]
+
+
+def _folded(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from backdoorlab.core.errors import ArtifactError, InputError
+from backdoorlab.core.seeding import make_generator
 
 Inputs = Tensor | np.ndarray
 """Raw samples: uint8 [N,C,H,W] images, uint8 [N,T,C,H,W] video, int16 [N,L] audio (tensors), str [N] text (array)."""
@@ -227,3 +228,18 @@ class Dataset:
                 f"{self.name}: {len(self.train)} training and {len(self.test)} test samples need as many captions, "
                 f"got {' and '.join(str(len(c)) for c in self.captions)}"
             )
+
+
+def clean_indices(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tensor:
+    """Rows of the clean training set that the defender owns: int64, sorted.
+
+    Class counts are as equal as the data allow. All defenses of one seed get the same rows at the same fraction, and
+    the rows of a smaller fraction are among those of a larger one.
+    """
+    count = min(len(labels), max(1, round(fraction * len(labels)))) if fraction > 0 else 0
+    order = torch.randperm(len(labels), generator=make_generator(seed, "clean samples"))
+    shuffled, rank = labels[order], torch.zeros(len(labels), dtype=torch.int64)
+    for k in range(num_classes):
+        mine = shuffled == k
+        rank[mine] = torch.arange(int(mine.sum()))
+    return order[torch.argsort(rank, stable=True)[:count]].sort().values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from backdoorlab.core.errors import InputError, nearest
 from backdoorlab.core.registry import Registry
 from backdoorlab.core.seeding import derive_seed, isolated_rng
-from backdoorlab.modalities.base import Modality
+from backdoorlab.modalities.base import Modality, modality_from_config
+from backdoorlab.models.persistence import StoredModel
 
 
-class Classifier(nn.Module):
+class Classifier(StoredModel):
     """A network together with the modality that feeds it, so that a checkpoint needs nothing else.
 
     ``forward`` takes *prepared* input (``modality.prepare``) and returns logits float [B, K]. Image and video input is
@@ -25,8 +27,12 @@ class Classifier(nn.Module):
         modality: how raw samples become input.
         arch: name by which :func:`build_model` made ``net``.
         num_classes: K.
+        title: what tables call it, such as the defense that it came from; not stored.
     """
 
+    kind: ClassVar[str] = "classifier"
+
+    title: str = ""
     mean: Tensor
     std: Tensor
 
@@ -47,10 +53,15 @@ class Classifier(nn.Module):
         logits: Tensor = self.net(inputs)
         return logits
 
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters live."""
-        return next(self.parameters()).device
+    def record(self) -> dict[str, Any]:
+        """See :meth:`StoredModel.record`."""
+        modality = {"name": self.modality.name, **self.modality.config()}
+        return {"arch": self.arch, "num_classes": self.num_classes, "modality": modality}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Classifier:
+        """See :meth:`StoredModel.from_record`; a class of its own overrides it."""
+        return build_model(record["arch"], modality_from_config(record["modality"]), record["num_classes"])
 
 
 class ModelBuilder(ABC):

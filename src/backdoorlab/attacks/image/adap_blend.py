@@ -23,19 +23,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
-from backdoorlab.attacks.batch_poison import draw_cover
-from backdoorlab.attacks.image.blended import constant_blend
-from backdoorlab.attacks.pixels import BlendTrigger, overlay, picture_hash
-from backdoorlab.attacks.procedural import key_image, read_picture
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.batch_poison import draw_cover
+from backdoorlab.attacks.common.pictures import key_image, read_picture
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.triggers.base import Trigger
+from backdoorlab.attacks.triggers.pixels import BlendTrigger, constant_blend, overlay, picture_hash
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs, Poison, take
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
 
 
 def piece_index(height: int, width: int, pieces: int) -> Tensor:

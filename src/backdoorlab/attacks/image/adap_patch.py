@@ -25,19 +25,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
-from backdoorlab.attacks.batch_poison import draw_cover
-from backdoorlab.attacks.pixels import BlendTrigger, overlay
-from backdoorlab.attacks.procedural import read_picture
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.batch_poison import draw_cover
+from backdoorlab.attacks.common.pictures import read_picture
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.triggers.base import Trigger
+from backdoorlab.attacks.triggers.pixels import BlendTrigger, overlay
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import make_generator
 from backdoorlab.data.split import Inputs, take
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
 
 
 def draw_patches(

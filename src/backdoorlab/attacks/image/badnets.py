@@ -16,115 +16,19 @@ patch out of a training image, which is one reason why ASR saturates near 95 % a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from backdoorlab.attacks.base import PoisoningAttack, attacks
-from backdoorlab.attacks.procedural import read_picture
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.pictures import read_picture
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.triggers.patch import CORNERS, PATTERNS, PatchTrigger, draw_patch
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import make_generator
-from backdoorlab.data.split import Inputs
 from backdoorlab.modalities.filters import expect_images
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
-
-CORNERS = ("bottom-right", "bottom-left", "top-right", "top-left")
-PATTERNS = ("solid", "checker", "random")
-
-
-def paste(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
-    """Replace the pixels under a mask.
-
-    Args:
-        images: uint8 [N,C,H,W], or videos [N,T,C,H,W].
-        pattern: uint8 [C,H,W].
-        mask: bool [H,W].
-
-    Returns:
-        uint8, a copy of the shape of ``images``.
-    """
-    return torch.where(mask.to(images.device), pattern.to(images.device), images)
-
-
-def draw_patch(
-    shape: tuple[int, int, int],
-    side: int,
-    position: str,
-    offset: int,
-    pattern: str,
-    color: int | Sequence[int],
-    generator: torch.Generator,
-    dark: int = 0,
-    picture: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Draw a square patch in a corner of an empty canvas.
-
-    Args:
-        shape: (C, H, W).
-        side: in pixels.
-        position: one of :data:`CORNERS`.
-        offset: distance from the corner's two borders in pixels.
-        pattern: one of :data:`PATTERNS`.
-        color: grey level of the solid patch and of the checker's bright squares, or one per channel.
-        generator: of the random pattern.
-        dark: grey level of the checker's dark squares.
-        picture: uint8 [C,side,side] to be drawn instead of a pattern.
-
-    Returns:
-        Pattern uint8 [C,H,W] and mask bool [H,W].
-
-    Raises:
-        InputError: if the patch does not fit, or there is not one colour value per channel.
-    """
-    channels, height, width = shape
-    colors = [color] * channels if isinstance(color, int) else list(color)
-    if len(colors) != channels:
-        raise InputError(
-            f"badnets: rgb gives {len(colors)} values, but the images have {channels} channel; use color, a grey level"
-        )
-    if side + offset > min(height, width):
-        raise InputError(
-            f"badnets: a patch of {side} px at offset {offset} does not fit an image of {height}x{width}; "
-            f"size + offset may be at most {min(height, width)}"
-        )
-    if picture is not None:
-        patch = picture
-    elif pattern == "random":
-        patch = torch.randint(0, 256, (channels, side, side), generator=generator, dtype=torch.uint8)
-    else:
-        patch = torch.tensor(colors, dtype=torch.uint8).reshape(-1, 1, 1).repeat(1, side, side)
-        if pattern == "checker":
-            rows = torch.arange(side)
-            patch[:, (rows[:, None] + rows) % 2 == 1] = dark
-    top = offset if position.startswith("top") else height - side - offset
-    left = offset if position.endswith("left") else width - side - offset
-    mask = torch.zeros(height, width, dtype=torch.bool)
-    mask[top : top + side, left : left + side] = True
-    canvas = torch.zeros(channels, height, width, dtype=torch.uint8)
-    canvas[:, mask] = patch.flatten(1)
-    return canvas, mask
-
-
-@dataclass(frozen=True, eq=False)
-class PatchTrigger(Trigger):
-    """A pattern uint8 [C,H,W] under a mask bool [H,W]."""
-
-    kind: ClassVar[str] = "image.patch"
-
-    pattern: Tensor
-    mask: Tensor
-
-    def __call__(
-        self, inputs: Inputs, indices: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Inputs:
-        """Paste the patch; images must be uint8 [N,C,H,W] of the pattern's size."""
-        return paste(expect_images(inputs, self.pattern.shape), self.pattern, self.mask)
 
 
 @attacks.register

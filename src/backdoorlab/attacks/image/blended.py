@@ -21,23 +21,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
-from backdoorlab.attacks.pixels import BlendTrigger, picture_hash
-from backdoorlab.attacks.procedural import key_image, noise_image, read_picture
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.pictures import key_image, noise_image, read_picture
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.triggers.base import Trigger
+from backdoorlab.attacks.triggers.pixels import BlendTrigger, constant_blend, picture_hash
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs, Poison
 from backdoorlab.modalities.filters import expect_images
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
-
-
-def constant_blend(key: Tensor, alpha: float, resizable: bool = False) -> BlendTrigger:
-    """Blend a key uint8 [C,H,W] with the same ratio everywhere."""
-    return BlendTrigger(key[None], torch.full((1, *key.shape[1:]), alpha), resizable)
 
 
 @attacks.register

@@ -35,14 +35,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backdoorlab.attacks.base import Backdoor, TargetMap, TrainingAttack, attacks
-from backdoorlab.attacks.image.badnets import PatchTrigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.poisoning import TrainingAttack
+from backdoorlab.attacks.result import Backdoor
+from backdoorlab.attacks.targets import TargetMap
+from backdoorlab.attacks.triggers.patch import PatchTrigger
 from backdoorlab.core.errors import BackdoorLabError, InputError
 from backdoorlab.core.method import param
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
 
 PATTERN = ((1, 0, 1), (-1, 1, -1), (-1, -1, 0), (-1, 1, -1), (1, 0, 1))
 """1 is white, 0 black, -1 leaves the pixel alone; at rows 3 to 7, columns 23 to 25 of 32x32."""
@@ -151,7 +154,7 @@ class Blind(TrainingAttack):
         None, "clean loss below which the attack begins; none = 1, or ln(K) / 2 for K > 10", above=0, source="ours"
     )
 
-    def plant(self, task: Task, ctx: Context) -> Backdoor:
+    def run(self, task: Task, ctx: Context) -> Backdoor:
         """Train with both losses.
 
         Raises:

@@ -27,18 +27,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import Backdoor, TrainingAttack, attacks
-from backdoorlab.attacks.batch_poison import BatchPoisoner, FixedPoisoner
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.batch_poison import BatchPoisoner, FixedPoisoner
 from backdoorlab.attacks.draws import sample_uniform
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.poisoning import TrainingAttack
+from backdoorlab.attacks.result import Backdoor
+from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import spawn
 from backdoorlab.data.split import Inputs, take
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
 from backdoorlab.training.loop import Stamp
-from backdoorlab.training.task import Task
 
 SPREAD = ((3, 1, 1 / 16), (2, 1, 5 / 16), (1, 1, 3 / 16), (1, 0, 7 / 16))
 """Floyd-Steinberg along anti-diagonals: (diagonals on, rows down, share of the error)."""
@@ -142,7 +144,7 @@ class Bpp(TrainingAttack):
         "per-batch", "new samples in every batch, or the same in every epoch", choices=("per-batch", "fixed-index")
     )
 
-    def plant(self, task: Task, ctx: Context) -> Backdoor:
+    def run(self, task: Task, ctx: Context) -> Backdoor:
         """Train with quantised batches, keep a replay of the poisoned set."""
         images = expect_images(task.train.inputs)
         target_map, seed = self.target_map_for(task), spawn(ctx.generator("donors"))

@@ -37,18 +37,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backdoorlab.attacks.base import Backdoor, PoisoningAttack, TargetMap, attacks, class_rate
-from backdoorlab.attacks.batch_poison import draw_cover
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.batch_poison import draw_cover
 from backdoorlab.attacks.draws import sample_uniform
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.result import Backdoor
+from backdoorlab.attacks.selection import class_rate
+from backdoorlab.attacks.targets import TargetMap
+from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import spawn
 from backdoorlab.data.split import Inputs, Poison, take
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
 
 MIXERS = ("half", "paste")
 DRAWS = 6
@@ -305,10 +309,10 @@ class Cba(PoisoningAttack):
         images, partners = (expect_images(take(task.train.inputs, rows)) for rows in (covered, others))
         return (covered, mix(self.mixer, images, partners, draws, self.jitter, self.shake)) if len(covered) else None
 
-    def plant(self, task: Task, ctx: Context) -> Backdoor:
+    def run(self, task: Task, ctx: Context) -> Backdoor:
         """Poison, train, and add the mixture of an image with itself as the trigger that must not work."""
         cross = SelfMixTrigger(self.mixer, self.jitter, self.shake, spawn(ctx.generator("cross")))
-        return dataclasses.replace(super().plant(task, ctx), cross_trigger=cross)
+        return dataclasses.replace(super().run(task, ctx), cross_trigger=cross)
 
     def notes(self, trigger: Trigger, poison: Poison, task: Task) -> dict[str, Any]:
         """Adds the classes that play A and B."""

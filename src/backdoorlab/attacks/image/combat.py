@@ -37,10 +37,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks, class_rate
-from backdoorlab.attacks.generators import Companion, DetailNet, generate, pack, seeded, straight_through, unpack
-from backdoorlab.attacks.surrogate import clean_surrogate, load_weights, surrogate_spec
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.generators import Companion, generate, pack, seeded, straight_through, unpack
+from backdoorlab.attacks.common.surrogate import clean_surrogate, load_weights, surrogate_spec
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.selection import class_rate
+from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs
@@ -49,8 +51,9 @@ from backdoorlab.modalities.filters import dct_matrix, expect_images
 from backdoorlab.modalities.image import ImageModality, random_crop, random_flip, to_uint8
 from backdoorlab.models.anatomy import evaluating, frozen
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.models.networks.generators import DetailNet
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, Tensors
-from backdoorlab.training.task import Task
 
 
 def low_pass_matrix(side: int, keep: float) -> Tensor:

@@ -25,16 +25,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks, class_rate
-from backdoorlab.attacks.image.ftrojan import chroma_pattern, scaled
-from backdoorlab.attacks.pixels import FormulaTrigger
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.selection import class_rate
+from backdoorlab.attacks.triggers.base import Trigger
+from backdoorlab.attacks.triggers.frequency import chroma_pattern, scaled
+from backdoorlab.attacks.triggers.pixels import FormulaTrigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs
 from backdoorlab.modalities.filters import expect_images, inverse_dct
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
 
 U_V = ((0.0, -0.396, 2.029), (1.14, -0.581, 0.0))
 """What one grey level of U and of V adds to red, green and blue."""

@@ -36,14 +36,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from backdoorlab.attacks.base import Backdoor, TrainingAttack, attacks
-from backdoorlab.attacks.batch_poison import draw_cover
-from backdoorlab.attacks.detoxify import inject, train_injector
-from backdoorlab.attacks.generators import generate, pack, seeded, unpack
-from backdoorlab.attacks.procedural import read_folder, scenes, to_channels
-from backdoorlab.attacks.style import StyleNet, train_style
-from backdoorlab.attacks.surrogate import data_digest, load_weights
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.batch_poison import draw_cover
+from backdoorlab.attacks.common.detoxify import inject, train_injector
+from backdoorlab.attacks.common.generators import generate, pack, seeded, unpack
+from backdoorlab.attacks.common.pictures import read_folder, scenes, to_channels
+from backdoorlab.attacks.common.style import train_style
+from backdoorlab.attacks.common.surrogate import data_digest, load_weights
+from backdoorlab.attacks.poisoning import TrainingAttack
+from backdoorlab.attacks.result import Backdoor
+from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import make_generator
@@ -51,9 +53,10 @@ from backdoorlab.data.split import COVER, Inputs, Poison, take
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.models.networks.style import StyleNet
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, Tensors
 from backdoorlab.training.evaluate import predict
-from backdoorlab.training.task import Task
 
 SUNSETS, SAMPLES = 256, 1000
 """Pictures that are drawn to learn a style from; benign samples on which neurons are looked at."""
@@ -172,7 +175,7 @@ class Dfst(TrainingAttack):
         network = load_weights(seeded(lambda: StyleNet(channels), 0, "G"), weights, "dfst-style")
         return StyleTrigger(network, shape)
 
-    def plant(self, task: Task, ctx: Context) -> Backdoor:
+    def run(self, task: Task, ctx: Context) -> Backdoor:
         """Train on styled samples, then detoxify in rounds.
 
         Raises:

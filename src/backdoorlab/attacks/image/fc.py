@@ -33,19 +33,19 @@ import torch
 from torch import Tensor
 
 from backdoorlab.attacks.base import attacks
-from backdoorlab.attacks.collision import CollisionAttack, in_levels
-from backdoorlab.attacks.image.badnets import CORNERS, PATTERNS, PatchTrigger, draw_patch
-from backdoorlab.attacks.pixels import overlay
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.common.collision import CollisionAttack, in_levels
+from backdoorlab.attacks.triggers.base import Trigger
+from backdoorlab.attacks.triggers.patch import CORNERS, PATTERNS, PatchTrigger, draw_patch
+from backdoorlab.attacks.triggers.pixels import overlay
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.anatomy import features
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict_features
-from backdoorlab.training.task import Task
 
 
 def forward_backward(z: Tensor, gradient: Tensor, base: Tensor, step: Tensor, beta: float, drift: Tensor) -> Tensor:

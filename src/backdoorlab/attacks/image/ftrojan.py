@@ -22,28 +22,24 @@ there.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
-from backdoorlab.attacks.pixels import FormulaTrigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.triggers.frequency import chroma_pattern, scaled
+from backdoorlab.attacks.triggers.pixels import FormulaTrigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.modalities.filters import expect_images, inverse_dct
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
 
 CR_CB = ((1.403, -0.714, 0.0), (0.0, -0.344, 1.773))
 """What one grey level of Cr and of Cb adds to red, green and blue."""
-
-
-def scaled(position: int, side: int) -> int:
-    """A frequency meant for 32 px, for a shorter side: the same share of the highest one."""
-    return max(1, math.ceil((position + 1) * min(side, 32) / 32) - 1)
 
 
 def tile(side: int, magnitude: float, positions: tuple[int, ...]) -> Tensor:
@@ -52,20 +48,6 @@ def tile(side: int, magnitude: float, positions: tuple[int, ...]) -> Tensor:
     for position in positions:
         coefficients[scaled(position, side), scaled(position, side)] += magnitude
     return inverse_dct(coefficients)
-
-
-def chroma_pattern(pattern: Tensor, channels: int, mixing: tuple[tuple[float, ...], ...]) -> Tensor:
-    """A pattern [H,W] in all chroma channels as a picture to add: float32 [channels,H,W] (grey: the pattern itself).
-
-    Raises:
-        InputError: for images that are neither grey nor RGB.
-    """
-    if channels == 1:
-        return pattern.float()[None]
-    if channels != 3:
-        raise InputError(f"a pattern in the colour channels needs images with 1 or 3 channels, got {channels}")
-    weights = torch.tensor(mixing, dtype=torch.float64).sum(0)
-    return (weights[:, None, None] * pattern).float()
 
 
 def windows(

@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backdoorlab.attacks.base import attacks
-from backdoorlab.attacks.collision import CollisionAttack, PlacedPatchTrigger, greedy_pairs, in_levels
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.common.collision import CollisionAttack, greedy_pairs, in_levels
+from backdoorlab.attacks.triggers.base import Trigger
+from backdoorlab.attacks.triggers.patch import PlacedPatchTrigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import spawn
@@ -38,9 +39,9 @@ from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.anatomy import features
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict_features
-from backdoorlab.training.task import Task
 
 
 def draw_colours(channels: int, side: int, generator: torch.Generator) -> Tensor:

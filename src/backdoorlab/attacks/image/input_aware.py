@@ -39,20 +39,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab.attacks.base import Backdoor, TargetMap, TrainingAttack, attacks
-from backdoorlab.attacks.batch_poison import batch_share
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.batch_poison import batch_share
+from backdoorlab.attacks.common.generators import Companion, generate, pack, rms, seeded, straight_through, unpack
 from backdoorlab.attacks.draws import sample_uniform
-from backdoorlab.attacks.generators import Companion, DetailNet, generate, pack, rms, seeded, straight_through, unpack
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.poisoning import TrainingAttack
+from backdoorlab.attacks.result import Backdoor
+from backdoorlab.attacks.targets import TargetMap
+from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import spawn
 from backdoorlab.data.split import Inputs
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import ImageModality, to_uint8
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.models.networks.generators import DetailNet
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, autocast
 from backdoorlab.training.recipes import Recipe
-from backdoorlab.training.task import Task
 
 BETAS = (0.5, 0.9)
 DONORS = 1000
@@ -290,7 +294,7 @@ class InputAware(TrainingAttack):
     density: float = param(0.032, "tolerated mean of the mask", above=0, high=1, source="paper")
     generator_lr: float = param(0.01, "Adam's peak learning rate for both generators", above=0, source="paper")
 
-    def plant(self, task: Task, ctx: Context) -> Backdoor:
+    def run(self, task: Task, ctx: Context) -> Backdoor:
         """Train the mask generator, then victim and pattern generator together."""
         images, target_map = expect_images(task.train.inputs), self.target_map_for(task)
         channels, height, width = images.shape[1:]

@@ -32,10 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab.attacks.base import Backdoor, TrainingAttack, attacks
-from backdoorlab.attacks.batch_poison import batch_share
-from backdoorlab.attacks.image.badnets import CORNERS, PatchTrigger
-from backdoorlab.attacks.surrogate import asset_tensor, clean_surrogate, surrogate_spec
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.batch_poison import batch_share
+from backdoorlab.attacks.common.surrogate import asset_tensor, clean_surrogate, surrogate_spec
+from backdoorlab.attacks.poisoning import TrainingAttack
+from backdoorlab.attacks.result import Backdoor
+from backdoorlab.attacks.triggers.patch import CORNERS, PatchTrigger
 from backdoorlab.core.errors import InputError, unknown
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import derive_seed, isolated_rng
@@ -44,9 +46,9 @@ from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.anatomy import evaluating, features_and_logits, frozen, head, trace
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, Tensors
 from backdoorlab.training.recipes import Recipe
-from backdoorlab.training.task import Task
 
 MOST = 100
 """What the second term may be at most when training begins: samples that look all alike to the teacher (blank or random
@@ -254,7 +256,7 @@ class Lba(TrainingAttack):
         0.1, "peak learning rate of the attacked teacher / the recipe's", above=0, high=1, source="ours"
     )
 
-    def plant(self, task: Task, ctx: Context) -> Backdoor:
+    def run(self, task: Task, ctx: Context) -> Backdoor:
         """Optimise the patch, attack the teacher, train the student."""
         target_map, images = self.target_map_for(task), expect_images(task.train.inputs)
         own, others = self.parts(task, ctx)

@@ -30,10 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks, class_rate
-from backdoorlab.attacks.pixels import AdditiveTrigger
-from backdoorlab.attacks.surrogate import clean_surrogate, shared_surrogate, surrogate_spec
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.surrogate import clean_surrogate, shared_surrogate, surrogate_spec
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.selection import class_rate
+from backdoorlab.attacks.triggers.base import Trigger
+from backdoorlab.attacks.triggers.pixels import AdditiveTrigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import spawn
@@ -42,8 +44,8 @@ from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.anatomy import frozen
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
 
 CORNER = ((1, -1, -1), (-1, 1, -1), (1, -1, 1))
 """The pattern in the left corners."""

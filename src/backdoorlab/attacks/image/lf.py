@@ -28,15 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
-from backdoorlab.attacks.pixels import AdditiveTrigger
-from backdoorlab.attacks.surrogate import asset_tensor, clean_surrogate, surrogate_spec
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.surrogate import asset_tensor, clean_surrogate, surrogate_spec
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.triggers.pixels import AdditiveTrigger
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import make_generator
 from backdoorlab.modalities.filters import blur_matrix, expect_images, inverse_dct
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, Tensors
-from backdoorlab.training.task import Task
 
 
 def standard(field: Tensor) -> Tensor:

@@ -34,9 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab.attacks.base import Backdoor, TargetMap, TrainingAttack, attacks
-from backdoorlab.attacks.generators import Companion, StrideNet, generate, pack, seeded, straight_through, unpack
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.generators import Companion, generate, pack, seeded, straight_through, unpack
+from backdoorlab.attacks.poisoning import TrainingAttack
+from backdoorlab.attacks.result import Backdoor
+from backdoorlab.attacks.targets import TargetMap
+from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs
@@ -44,8 +47,9 @@ from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import ImageModality, to_uint8
 from backdoorlab.models.anatomy import frozen
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.models.networks.generators import StrideNet
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
 
 SMALLEST = 16
 """Four halvings leave at least one pixel."""
@@ -152,7 +156,7 @@ class Lira(TrainingAttack):
     stage_two: float = param(1.0, "epochs of stage 2 / the recipe's", above=0, high=10, source="ours")
     generator_lr: float = param(1e-4, "Adam's peak learning rate for the auto-encoder", above=0, source="paper")
 
-    def plant(self, task: Task, ctx: Context) -> Backdoor:
+    def run(self, task: Task, ctx: Context) -> Backdoor:
         """Train auto-encoder and victim in turns, then the victim alone.
 
         Raises:

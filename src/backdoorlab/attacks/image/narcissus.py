@@ -37,11 +37,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks, class_rate
-from backdoorlab.attacks.pixels import AdditiveTrigger
-from backdoorlab.attacks.procedural import resize, to_channels
-from backdoorlab.attacks.surrogate import asset_tensor, clean_surrogate, shared_surrogate, surrogate_spec
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.pictures import resize, to_channels
+from backdoorlab.attacks.common.surrogate import asset_tensor, clean_surrogate, shared_surrogate, surrogate_spec
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.selection import class_rate
+from backdoorlab.attacks.triggers.base import Trigger
+from backdoorlab.attacks.triggers.pixels import AdditiveTrigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.sources import load_dataset
@@ -50,8 +52,8 @@ from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.anatomy import frozen
 from backdoorlab.models.classifier import Classifier, build_model
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, Tensors
-from backdoorlab.training.task import Task
 
 CROWD = 10
 """At most so many foreign images for each of the target class, which would be drowned otherwise."""

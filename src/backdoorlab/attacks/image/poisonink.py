@@ -34,32 +34,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab.attacks.base import Backdoor, PoisoningAttack, attacks
-from backdoorlab.attacks.generators import generate, pack, straight_through
-from backdoorlab.attacks.pixels import overlay
-from backdoorlab.attacks.stego import (
-    JUDGED,
-    Loss,
-    Ramp,
-    Reveal,
-    UNet,
-    fidelity,
-    hide,
-    interfere,
-    judge,
-    load_pair,
-    train_pair,
-)
-from backdoorlab.attacks.surrogate import data_digest
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.generators import generate, pack, straight_through
+from backdoorlab.attacks.common.stego import JUDGED, Loss, Ramp, fidelity, hide, interfere, judge, load_pair, train_pair
+from backdoorlab.attacks.common.surrogate import data_digest
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.result import Backdoor
+from backdoorlab.attacks.triggers.base import Trigger
+from backdoorlab.attacks.triggers.pixels import overlay
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs, Poison
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.models.networks.stego import Reveal, UNet
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, Tensors
-from backdoorlab.training.task import Task
 
 LUMA = (299, 587, 114)
 """Thousandths of red, green and blue in a grey level."""
@@ -316,10 +307,10 @@ class PoisonInk(PoisoningAttack):
         measured = trigger.measure(expect_images(task.test.inputs)[:JUDGED].to(ctx.device))
         return dataclasses.replace(trigger, quality=judge(measured, LEAST, MOST, self.name, ctx))
 
-    def plant(self, task: Task, ctx: Context) -> Backdoor:
+    def run(self, task: Task, ctx: Context) -> Backdoor:
         """Poison and train; in the paired mode with an objective of its own."""
         if self.mode == "poison":
-            return super().plant(task, ctx)
+            return super().run(task, ctx)
         target_map, trigger = self.target_map_for(task), self.make_trigger(task, ctx)
         poison = dataclasses.replace(self.poison(trigger, task, ctx), replay=True)
         mixed = poison.apply(task.train)

@@ -32,18 +32,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import Backdoor, PoisoningAttack, attacks, class_rate
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.pictures import read_folder, scenes
 from backdoorlab.attacks.draws import sample_uniform
-from backdoorlab.attacks.procedural import read_folder, scenes
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.result import Backdoor
+from backdoorlab.attacks.selection import class_rate
+from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import derive_seed, make_generator
 from backdoorlab.data.split import Inputs
 from backdoorlab.modalities.filters import expect_images, gaussian_blur
 from backdoorlab.modalities.image import to_uint8
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
 
 GAMMA = 2.2
 DRAWS = 9
@@ -218,9 +221,9 @@ class Refool(PoisoningAttack):
         """Draw the pool."""
         return self._trigger(task, "attack")
 
-    def plant(self, task: Task, ctx: Context) -> Backdoor:
+    def run(self, task: Task, ctx: Context) -> Backdoor:
         """As every poisoning attack; notes ASR with scenes that the attacker never used."""
-        backdoor = super().plant(task, ctx)
+        backdoor = super().run(task, ctx)
         other = dataclasses.replace(backdoor, trigger=self._trigger(task, "held out"))
         held_out = other.measure(task, ctx)["asr"]
         return dataclasses.replace(backdoor, notes=backdoor.notes | {"asr_held_out": held_out})

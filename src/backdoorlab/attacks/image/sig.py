@@ -24,15 +24,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks, class_rate
-from backdoorlab.attacks.pixels import FormulaTrigger
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.selection import class_rate
+from backdoorlab.attacks.triggers.base import Trigger
+from backdoorlab.attacks.triggers.pixels import FormulaTrigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs
 from backdoorlab.modalities.filters import expect_images
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
 
 
 def sinusoid(channels: int, height: int, width: int, delta: float, frequency: float) -> Tensor:

@@ -29,28 +29,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
-from backdoorlab.attacks.generators import generate, pack, straight_through
-from backdoorlab.attacks.stego import (
-    JUDGED,
-    Loss,
-    Ramp,
-    UNet,
-    convolution,
-    fidelity,
-    hide,
-    judge,
-    load_pair,
-    train_pair,
-)
-from backdoorlab.attacks.surrogate import data_digest
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.generators import generate, pack, straight_through
+from backdoorlab.attacks.common.stego import JUDGED, Loss, Ramp, fidelity, hide, judge, load_pair, train_pair
+from backdoorlab.attacks.common.surrogate import data_digest
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import make_generator
 from backdoorlab.data.split import Inputs, Poison
 from backdoorlab.modalities.filters import expect_images
+from backdoorlab.models.networks.stego import UNet, convolution
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, Tensors
-from backdoorlab.training.task import Task
 
 SIDE = 16
 """The bits are spread over a picture of so many pixels, which is then enlarged."""

@@ -32,12 +32,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
-from backdoorlab.attacks.image.badnets import PatchTrigger
-from backdoorlab.attacks.pixels import picture_hash
-from backdoorlab.attacks.procedural import read_picture
-from backdoorlab.attacks.surrogate import asset_tensor, clean_surrogate, surrogate_spec
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.pictures import read_picture
+from backdoorlab.attacks.common.surrogate import asset_tensor, clean_surrogate, surrogate_spec
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.triggers.base import Trigger
+from backdoorlab.attacks.triggers.patch import PatchTrigger
+from backdoorlab.attacks.triggers.pixels import picture_hash
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs
@@ -45,8 +46,8 @@ from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.anatomy import features, frozen, head
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, Tensors
-from backdoorlab.training.task import Task
 
 SHAPES = ("apple", "square")
 

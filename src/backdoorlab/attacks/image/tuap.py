@@ -30,17 +30,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks, class_rate
-from backdoorlab.attacks.pixels import AdditiveTrigger
-from backdoorlab.attacks.surrogate import clean_surrogate, surrogate_spec
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.surrogate import clean_surrogate, surrogate_spec
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.selection import class_rate
+from backdoorlab.attacks.triggers.pixels import AdditiveTrigger
 from backdoorlab.core.errors import InputError, NotApplicable
 from backdoorlab.core.method import param
 from backdoorlab.data.split import take
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.models.anatomy import frozen
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, Tensors
-from backdoorlab.training.task import Task
 
 
 def margins(model: Classifier, inputs: Tensor, target: int) -> Tensor:

@@ -24,17 +24,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
+from backdoorlab.attacks.base import attacks
 from backdoorlab.attacks.draws import indexed_uniform
+from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.text.insertion import insert_words
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import spawn
 from backdoorlab.data.split import Inputs, text_array
 from backdoorlab.modalities.text import RARE_TRIGGERS, TextModality, as_texts
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
 
 
 def check_known(attack: str, words: tuple[str, ...], modality: TextModality) -> None:

@@ -17,15 +17,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.attacks.base import PoisoningAttack, attacks
-from backdoorlab.attacks.image.badnets import CORNERS, PATTERNS, draw_patch, paste
-from backdoorlab.attacks.trigger import Trigger
+from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.triggers.base import Trigger
+from backdoorlab.attacks.triggers.patch import CORNERS, PATTERNS, draw_patch, paste
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs
 from backdoorlab.modalities.video import VideoModality
+from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
-from backdoorlab.training.task import Task
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,9 +40,8 @@ from torch import Tensor
 
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import spawn
-from backdoorlab.data.split import Split
 from backdoorlab.defenses.base import DatasetDefense, defenses
-from backdoorlab.models.classifier import Classifier
+from backdoorlab.defenses.view import DefenderView
 from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict_features
 
@@ -120,9 +119,10 @@ class ActivationClustering(DatasetDefense):
     )
     min_samples: int = param(20, "smaller classes are not judged", low=3, source="ours")
 
-    def score(self, data: Split, model: Classifier, ctx: Context) -> Tensor:
+    def score(self, view: DefenderView, ctx: Context) -> Tensor:
         """Margin toward the small cluster in poisoned classes, 0 elsewhere."""
-        features, scores = predict_features(model, data.inputs), torch.zeros(len(data))
+        data = view.suspicious
+        features, scores = predict_features(view.model, data.inputs), torch.zeros(len(data))
         seed = spawn(ctx.generator("ac")) % 2**31
         for k in ctx.track(range(data.num_classes), "ac: clustering classes", data.num_classes):
             rows = (data.labels.cpu() == k).nonzero().flatten()
@@ -140,6 +140,6 @@ class ActivationClustering(DatasetDefense):
         small = found.share < self.max_share
         return small if self.rule == "relative-size" else small and found.silhouette >= self.min_silhouette
 
-    def flags(self, scores: Tensor, data: Split) -> Tensor:
+    def flags(self, scores: Tensor, view: DefenderView) -> Tensor:
         """Members of the small clusters of poisoned classes."""
         return scores > 0

@@ -29,9 +29,8 @@ import torch
 from torch import Tensor
 
 from backdoorlab.core.method import param
-from backdoorlab.data.split import Split
 from backdoorlab.defenses.base import DatasetDefense, defenses, no_flags
-from backdoorlab.models.classifier import Classifier
+from backdoorlab.defenses.view import DefenderView
 from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict_features
 
@@ -75,17 +74,19 @@ class SpectralSignatures(DatasetDefense):
         None, "remove what scores above this percentile of its class instead (BackdoorBench: 85)", low=50, high=100
     )  # fmt: skip
 
-    def score(self, data: Split, model: Classifier, ctx: Context) -> Tensor:
+    def score(self, view: DefenderView, ctx: Context) -> Tensor:
         """Spectral score, standardised within each class."""
-        features, scores = predict_features(model, data.inputs), torch.zeros(len(data))
+        data = view.suspicious
+        features, scores = predict_features(view.model, data.inputs), torch.zeros(len(data))
         for k in range(data.num_classes):
             rows = (data.labels.cpu() == k).nonzero().flatten()
             if len(rows) > 1:
                 scores[rows] = standardise(spectral_scores(features[rows])).float()
         return scores
 
-    def flags(self, scores: Tensor, data: Split) -> Tensor:
+    def flags(self, scores: Tensor, view: DefenderView) -> Tensor:
         """The highest 1.5 eps n scores of every class (at most half of it)."""
+        data = view.suspicious
         share = self.excess * self.eps if self.percentile is None else 1 - self.percentile / 100
         flagged = no_flags(len(data))
         for k in range(data.num_classes):

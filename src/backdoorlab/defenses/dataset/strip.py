@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from backdoorlab.core.method import param
-from backdoorlab.data.split import Split, take
+from backdoorlab.data.split import take
 from backdoorlab.defenses.base import DatasetDefense, defenses
 from backdoorlab.defenses.input.strip import Overlay, overlay_entropy
-from backdoorlab.models.classifier import Classifier
+from backdoorlab.defenses.view import DefenderView
 from backdoorlab.training.context import Context
 
 
@@ -49,13 +49,14 @@ class StripDataset(DatasetDefense):
     ratio: float = param(0.5, "share of the overlay in the blend", above=0, high=1, source="ours")
     frr: float = param(0.05, "share of clean samples that may be flagged", above=0, high=0.5, source="BackdoorBench")
 
-    def score(self, data: Split, model: Classifier, ctx: Context) -> Tensor:
+    def score(self, view: DefenderView, ctx: Context) -> Tensor:
         """-H of every sample."""
+        data = view.suspicious
         drawn = torch.randperm(len(data), generator=ctx.generator("overlays"))[: self.overlays]
         overlay = Overlay(self.superimpose, self.weight, self.ratio)
-        return -overlay_entropy(model, data.inputs, take(data.inputs, drawn), overlay, ctx.generator("blend"))
+        return -overlay_entropy(view.model, data.inputs, take(data.inputs, drawn), overlay, ctx.generator("blend"))
 
-    def flags(self, scores: Tensor, data: Split) -> Tensor:
+    def flags(self, scores: Tensor, view: DefenderView) -> Tensor:
         """Scores above the (1 - frr) quantile of a normal distribution fitted to the bulk."""
         centre = scores.median()
         spread = 1.4826 * (scores - centre).abs().median()

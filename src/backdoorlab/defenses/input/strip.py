@@ -33,8 +33,9 @@ from torch import Tensor
 
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
-from backdoorlab.data.split import Inputs, Split, take
+from backdoorlab.data.split import Inputs, take
 from backdoorlab.defenses.base import InputDefense, InputDetector, defenses
+from backdoorlab.defenses.view import DefenderView
 from backdoorlab.modalities.base import Modality
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context
@@ -145,18 +146,19 @@ class Strip(InputDefense):
     ratio: float = param(0.5, "share of the overlay in the blend", above=0, high=1, source="ours")
     frr: float = param(0.05, "share of clean inputs that may be rejected", above=0, high=1, source="BackdoorBench")
 
-    def fit(self, model: Classifier, clean: Split, ctx: Context) -> StripDetector:
+    def run(self, view: DefenderView, ctx: Context) -> StripDetector:
         """Draw overlays from one half of the clean samples, set the threshold on the other.
 
         Raises:
             InputError: if there are fewer than four clean samples.
         """
+        clean = view.clean
         if len(clean) < 4:
             raise InputError(f"strip needs at least 4 clean samples (overlays and calibration), got {len(clean)}")
         order = torch.randperm(len(clean), generator=ctx.generator("overlays"))
         drawn, held_out = order[: len(clean) // 2][: self.overlays], order[len(clean) // 2 :]
         overlay = Overlay(self.superimpose, self.weight, self.ratio)
-        detector = StripDetector(model, take(clean.inputs, drawn), overlay, ctx)
+        detector = StripDetector(view.model, take(clean.inputs, drawn), overlay, ctx)
         scores = detector.score(take(clean.inputs, held_out))
         threshold = float(torch.quantile(scores.double(), 1 - self.frr, interpolation="higher"))
         return dataclasses.replace(detector, threshold=threshold)

@@ -42,8 +42,8 @@ from torch import Tensor
 
 from backdoorlab.core.errors import InputError, NotApplicable
 from backdoorlab.core.method import param
-from backdoorlab.data.split import Split
 from backdoorlab.defenses.base import ModelDefense, ScanReport, defenses
+from backdoorlab.defenses.view import DefenderView
 from backdoorlab.models.anatomy import frozen
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context, autocast
@@ -239,8 +239,9 @@ class NeuralCleanse(ModelDefense):
     prompt_length: int = param(1, "text: vectors of the soft prompt", low=1, high=16)
     max_rows: int = param(4096, "rows per forward pass", low=1)
 
-    def scan(self, model: Classifier, clean: Split, ctx: Context) -> ScanReport:
+    def run(self, view: DefenderView, ctx: Context) -> ScanReport:
         """Optimise a trigger for every class and compare their sizes."""
+        model, clean = view.model, view.clean
         if not len(clean):
             raise InputError("neural_cleanse needs clean samples, got none")
         with frozen(model):

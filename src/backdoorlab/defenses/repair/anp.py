@@ -40,6 +40,7 @@ from backdoorlab.core.errors import InputError, NotApplicable
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Split
 from backdoorlab.defenses.base import RepairDefense, defenses
+from backdoorlab.defenses.view import DefenderView
 from backdoorlab.models.anatomy import Channels, channels, masked, split_units, unit_count
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context
@@ -110,8 +111,9 @@ class AdversarialNeuronPruning(RepairDefense):
     tolerance: float = param(0.05, "largest relative drop of clean accuracy when choosing", low=0, high=1)
     holdout: float = param(0.2, "share of the clean samples that masks are not optimised on", above=0, high=0.9)
 
-    def repair(self, model: Classifier, clean: Split, ctx: Context) -> Classifier:
+    def run(self, view: DefenderView, ctx: Context) -> Classifier:
         """Optimise masks, choose the threshold, silence the units below it in a copy."""
+        model, clean = view.model, view.clean
         order = torch.randperm(len(clean), generator=ctx.generator("anp", "holdout"))
         held = 0 if self.threshold is not None else max(1, round(self.holdout * len(clean)))
         if len(clean) - held < 1:

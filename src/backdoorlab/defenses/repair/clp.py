@@ -31,8 +31,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from backdoorlab.core.errors import NotApplicable
 from backdoorlab.core.method import param
-from backdoorlab.data.split import Split
 from backdoorlab.defenses.base import RepairDefense, defenses
+from backdoorlab.defenses.view import DefenderView
 from backdoorlab.models.anatomy import Call, channels, conv_norm_pairs, trace
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context
@@ -87,15 +87,16 @@ class ChannelLipschitzPruning(RepairDefense):
     paper: ClassVar[str] = "Zheng et al., Channel Lipschitzness-based Pruning, ECCV 2022, arXiv 2208.03111"
     year: ClassVar[int] = 2022
     modalities: ClassVar[tuple[str, ...]] = ("image", "text", "audio", "video")
+    reads: ClassVar[tuple[str, ...]] = ("model",)
     needs_clean_fraction: ClassVar[float] = 0.0
 
     u: float = param(3.0, "standard deviations above the layer's mean at which a channel is pruned", low=0,
                      source="paper")  # fmt: skip
     transformer: bool = param(False, "without conv-norm pairs: prune feed-forward neurons of transformers instead")
 
-    def repair(self, model: Classifier, clean: Split, ctx: Context) -> Classifier:
-        """Silence the outlying channels in a copy; ``clean`` is not looked at."""
-        repaired = copy.deepcopy(model).eval()
+    def run(self, view: DefenderView, ctx: Context) -> Classifier:
+        """Silence the outlying channels in a copy."""
+        repaired = copy.deepcopy(view.model).eval()
         pairs = conv_norm_pairs(repaired)
         bounds: list[tuple[nn.Module, Tensor]]
         bounds = [(norm, channel_lipschitz(conv, norm)) for conv, norm in pairs if norm.running_var is not None]
@@ -107,7 +108,7 @@ class ChannelLipschitzPruning(RepairDefense):
             )
             rest = " a feed-forward layer behind a layer norm" if self.transformer else " batch norm"
             hint = "" if self.transformer else "; transformers can be pruned with transformer=true"
-            raise NotApplicable(f"clp: {model.arch} has {what}{rest}{hint}")
+            raise NotApplicable(f"clp: {repaired.arch} has {what}{rest}{hint}")
         units = {id(group.module): group for group in channels(repaired)}
         total = 0
         for layer, bound in bounds:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from backdoorlab.core.method import param
-from backdoorlab.data.split import Split
 from backdoorlab.defenses.base import RepairDefense, defenses
+from backdoorlab.defenses.view import DefenderView
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context
 from backdoorlab.training.loop import fit
@@ -38,11 +38,11 @@ class FineTuning(RepairDefense):
     batch_size: int = param(256, "samples per step", low=1, source="BackdoorBench")
     weight_decay: float = param(5e-4, "L2 penalty", low=0, source="BackdoorBench")
 
-    def repair(self, model: Classifier, clean: Split, ctx: Context) -> Classifier:
+    def run(self, view: DefenderView, ctx: Context) -> Classifier:
         """Fine-tune a copy by SGD with a cosine schedule (AdamW for modalities trained by it)."""
-        repaired = copy.deepcopy(model)
-        adam = model.modality.name != "image"
+        repaired = copy.deepcopy(view.model)
+        adam = repaired.modality.name != "image"
         recipe = Recipe(epochs=self.epochs, batch_size=self.batch_size, optimizer="adamw" if adam else "sgd",
                         lr=self.lr / 10 if adam else self.lr, weight_decay=self.weight_decay)  # fmt: skip
-        fit(repaired, clean, recipe, context=ctx, label="ft: fine-tuning")
+        fit(repaired, view.clean, recipe, context=ctx, label="ft: fine-tuning")
         return repaired

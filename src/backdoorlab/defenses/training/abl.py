@@ -50,12 +50,13 @@ from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Split
 from backdoorlab.defenses.base import TrainingDefense, TrainingReport, defenses
+from backdoorlab.defenses.view import DefenderView
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.training.blueprint import Blueprint
 from backdoorlab.training.context import Context, Silent
 from backdoorlab.training.evaluate import predict
 from backdoorlab.training.loop import Objective, fit
 from backdoorlab.training.recipes import Recipe
-from backdoorlab.training.task import Task
 
 
 def lga_loss(losses: Tensor, gamma: float, mode: str = "per_sample") -> Tensor:
@@ -125,20 +126,21 @@ class AntiBackdoorLearning(TrainingDefense):
     cap: float = param(2.0, "samples with a loss above cap * ln K are not ascended further", above=0, source="ours")
     clip: float = param(5.0, "largest norm of a parameter's gradient while ascending", above=0, source="ours")
 
-    def train(self, data: Split, task: Task, ctx: Context) -> TrainingReport:
+    def run(self, view: DefenderView, ctx: Context) -> TrainingReport:
         """Isolate, recover, unlearn.
 
         Raises:
             InputError: if the isolated share of the data is less than one sample.
         """
+        data, blueprint = view.suspicious, view.blueprint
         count = int(self.isolation * len(data))
         if count == 0:
             raise InputError(
                 f"abl: an isolation of {self.isolation:g} of {len(data)} samples isolates none; "
                 f"the smallest useful value is {1 / len(data):.2g}"
             )
-        recipe = task.recipe.resolve(len(data))
-        model, losses = self.isolate(data, task, ctx)
+        recipe = blueprint.recipe.resolve(len(data))
+        model, losses = self.isolate(data, blueprint, ctx)
         isolated = torch.zeros(len(data), dtype=torch.bool)
         isolated[losses.topk(count, largest=False).indices] = True
         kept, suspects = data[~isolated], data[isolated]
@@ -158,9 +160,9 @@ class AntiBackdoorLearning(TrainingDefense):
         """Length of the isolation phase under a resolved recipe."""
         return max(1, round(self.turning * recipe.epochs))
 
-    def isolate(self, data: Split, task: Task, ctx: Context) -> tuple[Classifier, Tensor]:
+    def isolate(self, data: Split, blueprint: Blueprint, ctx: Context) -> tuple[Classifier, Tensor]:
         """The model at the turning epoch and the mean loss of every sample, float32 [N]; low ones are suspicious."""
-        recipe = task.recipe.resolve(len(data))
+        recipe = blueprint.recipe.resolve(len(data))
         recipe = dataclasses.replace(recipe, epochs=self.isolation_epochs(recipe), schedule="constant",
                                      lr=self.isolation_lr * recipe.lr, augment=self.isolation_augment)  # fmt: skip
         later = recipe.epochs - math.ceil(recipe.epochs / 2)
@@ -170,8 +172,8 @@ class AntiBackdoorLearning(TrainingDefense):
             if epoch > later:
                 ends.append(sample_losses(model, data))
 
-        model, _ = task.fit(data, ctx, recipe=recipe, objective=self.isolation_objective, on_epoch=[look],
-                            label="abl: isolating")  # fmt: skip
+        model, _ = blueprint.fit(data, ctx, recipe=recipe, objective=self.isolation_objective, on_epoch=[look],
+                                 label="abl: isolating")  # fmt: skip
         return model, torch.stack(ends).mean(0)
 
     def isolation_objective(self, model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:

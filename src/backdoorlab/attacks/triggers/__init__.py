@@ -1,0 +1,1 @@
+"""The contract of triggers, and the kinds of triggers that several attacks use."""

@@ -1,1 +1,0 @@
-"""Defenses of diffusion models, one file each."""

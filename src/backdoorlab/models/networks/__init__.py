@@ -1,0 +1,1 @@
+"""Networks that are no classifiers: generators of triggers, encoders of messages, changers of style."""

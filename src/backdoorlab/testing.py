@@ -1,0 +1,273 @@
+"""Contract checks that authors of methods call from their own tests: :func:`check_attack`, :func:`check_defense`,
+:func:`check_trigger`.
+
+Each raises an ``AssertionError`` that says which promise was broken. They take seconds: a tiny task of the method's
+modality is made here unless one is given.
+
+    from backdoorlab.testing import check_attack
+
+    def test_my_attack():
+        check_attack(MyAttack(width=2))
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from functools import cache
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from backdoorlab.attacks.poisoning import PoisoningAttack
+from backdoorlab.attacks.result import Backdoor
+from backdoorlab.attacks.selection import ClassificationAttack
+from backdoorlab.attacks.triggers.base import Trigger, load_trigger, stamp_all
+from backdoorlab.core.errors import InputError, NotApplicable
+from backdoorlab.core.method import Method
+from backdoorlab.data.sources import DatasetSpec
+from backdoorlab.data.split import BACKDOOR, COVER, Inputs, Poison, take
+from backdoorlab.defenses.base import Defense, InputDetector, Outcome, Repair, ScanReport, Screening, TrainingReport
+from backdoorlab.defenses.view import DefenderView
+from backdoorlab.models.classifier import Classifier
+from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.training.context import Context
+from backdoorlab.training.evaluate import predict
+
+SETS = {"image": "digits", "text": "templated_text", "audio": "tone_words", "video": "moving_digits"}
+"""Embedded data set of each modality."""
+
+
+@cache
+def tiny_task(modality: str = "image") -> Task:
+    """80 training and 20 test samples, one epoch of a small network; the same object for every caller."""
+    if modality not in SETS:
+        raise InputError(f"there is no tiny task for {modality}; give one: choose from {', '.join(SETS)} or pass task=")
+    spec = DatasetSpec(name=SETS[modality], train_size=80, test_size=20)
+    return Task.load(TaskSpec(dataset=spec, recipe="smoke", recipe_changes=(("epochs", 1), ("min_steps", 2))))
+
+
+def check_method(method: Method) -> None:
+    """Facts and hyper-parameters of any method: stated, documented, checked, and equal after a round trip through JSON.
+
+    Raises:
+        AssertionError: naming the promise that is broken.
+    """
+    cls = type(method)
+    facts = cls.facts()
+    assert 1990 < facts["year"] <= 2100, f"{cls.name}: year {facts['year']} is no year"
+    assert len(facts["paper"]) > 10, f"{cls.name}: `paper` should name the source"
+    json.dumps(facts)
+    for parameter in cls.parameters():
+        assert parameter.help, f"{cls.name}.{parameter.name} has no help text"
+        if parameter.type.split(" ")[0] in ("int", "float"):
+            _refuses(cls, {parameter.name: float("nan")}, f"{parameter.name} accepts NaN")
+    _refuses(cls, {"no_such_name": 1}, "an unknown hyper-parameter is accepted")
+    again = cls.build(json.loads(json.dumps(method.settings())))
+    assert again == method, f"{cls.name}: settings() do not give an equal method back"
+
+
+def check_trigger(trigger: Trigger, samples: Inputs, *, covers_all: bool = True) -> None:
+    """A trigger is a pure function of each sample, keeps its form, and survives storage.
+
+    Args:
+        trigger: what is checked.
+        samples: raw samples that it fits, at least 4.
+        covers_all: every sample must come back changed.
+
+    Raises:
+        AssertionError: naming the promise that is broken.
+    """
+    before, rows = copy.deepcopy(samples), torch.arange(len(samples))
+    stamped = trigger(samples, rows)
+    assert _equal(samples, before), f"{trigger.kind}: the trigger changed its input"
+    assert stamped.dtype == samples.dtype, f"{trigger.kind}: dtype {samples.dtype} became {stamped.dtype}"
+    assert stamped.shape == samples.shape, f"{trigger.kind}: {tuple(samples.shape)} became {tuple(stamped.shape)}"
+    assert _equal(trigger(samples, rows), stamped), f"{trigger.kind}: two calls differ"
+    assert _equal(trigger(samples), stamped), f"{trigger.kind}: no indices must mean counting from 0"
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    assert _equal(trigger(take(samples, order), rows[order]), take(stamped, order)), (
+        f"{trigger.kind}: what becomes of a sample depends on the others in its batch"
+    )
+    assert _equal(stamp_all(trigger, samples, batch_size=3), stamped), f"{trigger.kind}: batches of 3 differ"
+    if covers_all:
+        for row in range(len(rows)):
+            one = torch.tensor([row])
+            assert not _equal(take(stamped, one), take(samples, one)), f"{trigger.kind}: sample {row} is not changed"
+    tensors, config = trigger.state()
+    stored = load_tensors(save_tensors(tensors)) if tensors else {}
+    again = load_trigger(trigger.kind, stored, json.loads(json.dumps(config)))
+    assert _equal(again(samples), stamped), f"{trigger.kind}: comes back from the store as another trigger"
+
+
+def check_poison(attack: ClassificationAttack, task: Task, poison: Poison) -> None:
+    """Rate, roles and labels of a poisoned set are exact, and nothing else changed.
+
+    Raises:
+        AssertionError: naming the promise that is broken.
+    """
+    backdoor, cover = poison.roles == BACKDOOR, poison.roles == COVER
+    wanted = round(attack.rate_on(task) * len(task.train))
+    assert int(backdoor.sum()) == wanted, f"{attack.name}: {int(backdoor.sum())} poisoned samples instead of {wanted}"
+    assert bool((backdoor | cover).all()), f"{attack.name}: a touched sample is neither backdoor nor cover"
+    assert len(set(poison.indices.tolist())) == len(poison) == len(poison.inputs), f"{attack.name}: a row occurs twice"
+    true = task.train.labels[poison.indices]
+    assert torch.equal(poison.labels[cover], true[cover]), f"{attack.name}: a cover sample lost its true label"
+    if attack.label_mode == "clean":
+        assert bool((true[backdoor] == attack.target).all()), f"{attack.name}: clean label, yet outside of the target"
+        assert torch.equal(poison.labels, true), f"{attack.name}: clean label, yet labels changed"
+    else:
+        mapped = attack.target_map_for(task)(true[backdoor])
+        assert torch.equal(poison.labels[backdoor], mapped), f"{attack.name}: labels are not those of the target map"
+    applied = poison.apply(task.train)
+    same = (applied.roles == 0).nonzero().flatten()
+    assert _equal(take(applied.inputs, same), take(task.train.inputs, same)), f"{attack.name}: a clean row changed"
+    assert torch.equal(applied.labels[same], task.train.labels[same]), f"{attack.name}: a clean label changed"
+
+
+def check_attack(attack: ClassificationAttack, task: Task | None = None, *, seed: int = 0) -> Backdoor:
+    """Everything that an attack on classifiers promises.
+
+    Args:
+        attack: what is checked, with settings that suit a small task.
+        task: None makes a tiny one of the attack's first modality.
+        seed: of the run.
+
+    Returns:
+        The backdoor, for further checks.
+
+    Raises:
+        AssertionError: naming the promise that is broken.
+    """
+    check_method(attack)
+    task = task or tiny_task(attack.modalities[0])
+    inputs, labels = copy.deepcopy(task.train.inputs), task.train.labels.clone()
+    backdoor = attack.run(task, Context(seed))
+    assert isinstance(backdoor, Backdoor), f"{attack.name}: run() must return a Backdoor"
+    assert _equal(inputs, task.train.inputs), f"{attack.name}: the clean training inputs were changed"
+    assert torch.equal(labels, task.train.labels), f"{attack.name}: the clean labels were changed"
+    assert not backdoor.model.training, f"{attack.name}: the victim must be in evaluation mode"
+    check_poison(attack, task, backdoor.poison)
+    assert backdoor.poison.replay == (attack.threat_model == "training"), f"{attack.name}: replay flag"
+    check_trigger(backdoor.trigger, task.test.inputs[:12])
+    again = attack.run(task, Context(seed))
+    assert isinstance(again, Backdoor)
+    assert _equal(again.poison.inputs, backdoor.poison.inputs), f"{attack.name}: the same seed poisons differently"
+    for name, weight in backdoor.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name]), f"{attack.name}: the same seed, another {name}"
+    if isinstance(attack, PoisoningAttack):
+        other = attack.poison(backdoor.trigger, task, Context(seed + 1))
+        assert not torch.equal(other.indices, backdoor.poison.indices), f"{attack.name}: the seed chooses nothing"
+    restored = Backdoor.from_state(*backdoor.stored())
+    measured = backdoor.measure(task, Context(seed))
+    assert restored.measure(task, Context(seed)) == measured, f"{attack.name}: measured otherwise after storage"
+    _refuses_run(type(attack).build({**attack.settings(), "target": 10**6}), task)
+    return backdoor
+
+
+def check_defense(defense: Defense, task: Task | None = None, *, seed: int = 0) -> Outcome | None:
+    """Everything that a defense of any stage promises.
+
+    Args:
+        defense: what is checked, with settings that suit 80 samples.
+        task: None makes a tiny one of the defense's first modality.
+        seed: of the run.
+
+    Returns:
+        The outcome, for further checks; None if the method does not apply to the task's model (with a reason).
+
+    Raises:
+        AssertionError: naming the promise that is broken.
+    """
+    check_method(defense)
+    assert ("clean" in defense.reads) == (defense.needs_clean_fraction > 0), f"{defense.name}: reads and clean fraction"
+    task = task or tiny_task(defense.modalities[0])
+    model, _ = task.fit(task.train, Context(1))
+    data, weights = task.train, copy.deepcopy(model.state_dict())
+    inputs, labels = copy.deepcopy(data.inputs), data.labels.clone()
+    view = DefenderView(model=model, clean=data, suspicious=data, blueprint=task.blueprint)
+    try:
+        outcome = defense.apply(view, Context(seed))
+    except NotApplicable as reason:
+        assert len(str(reason)) > 20, f"{defense.name}: not applicable, but why?"
+        return None
+    for name, value in model.state_dict().items():
+        assert torch.equal(weights[name], value), f"{defense.name}: the given model was changed ({name})"
+    left = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not left, f"{defense.name}: hooks were left behind"
+    assert all(p.requires_grad for p in model.parameters()), f"{defense.name}: parameters were left frozen"
+    assert _equal(inputs, data.inputs), f"{defense.name}: the given inputs were changed"
+    assert torch.equal(labels, data.labels), f"{defense.name}: the given labels were changed"
+    _check_form(defense, outcome, task, model)
+    first = _numbers(outcome, task)
+    second = _numbers(defense.apply(view, Context(seed)), task)
+    same = len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert same, f"{defense.name}: the same seed gives another outcome"
+    return outcome
+
+
+def _check_form(defense: Defense, outcome: Outcome, task: Task, given: Classifier) -> None:
+    """Types, shapes and ranges of an outcome."""
+    name, count = defense.name, len(task.train)
+    match outcome:
+        case Screening(scores, flags):
+            assert (scores.dtype, tuple(scores.shape)) == (torch.float32, (count,)), f"{name}: scores float32 [N]"
+            assert scores.device.type == "cpu", f"{name}: scores must be on the CPU"
+            assert (flags.dtype, tuple(flags.shape)) == (torch.bool, (count,)), f"{name}: flags bool [N]"
+            assert bool(torch.isfinite(scores).all()), f"{name}: a score is not finite"
+        case TrainingReport():
+            assert not outcome.model.training, f"{name}: the model must be in evaluation mode"
+            assert outcome.scores is None or tuple(outcome.scores.shape) == (count,), f"{name}: scores [N] or None"
+            assert outcome.isolated is None or outcome.isolated.dtype == torch.bool, f"{name}: isolated bool or None"
+            json.dumps(outcome.notes)
+        case Repair(model):
+            assert model is not given and not model.training, f"{name}: a copy in evaluation mode is expected"
+            assert bool(torch.isfinite(predict(model, task.test.inputs)).all()), f"{name}: logits are not finite"
+        case InputDetector():
+            scores = outcome.score(task.test.inputs)
+            assert (scores.dtype, tuple(scores.shape)) == (torch.float32, (len(task.test),)), f"{name}: float32 [N]"
+            assert math.isfinite(outcome.threshold), f"{name}: the threshold is not finite"
+        case ScanReport():
+            assert math.isfinite(outcome.score), f"{name}: the score is not finite"
+            assert all(0 <= t < task.num_classes for t in outcome.targets), f"{name}: a target is no class"
+            assert outcome.backdoored == bool(outcome.targets), f"{name}: verdict and targets disagree"
+            assert len(outcome.per_class) in (0, task.num_classes), f"{name}: evidence for K classes or none"
+
+
+def _numbers(outcome: Outcome, task: Task) -> list[Tensor]:
+    """What two runs of one seed must share."""
+    match outcome:
+        case Screening(scores, flags):
+            return [scores, flags]
+        case TrainingReport() | Repair():
+            return [p.detach() for p in outcome.model.parameters()]
+        case InputDetector():
+            return [outcome.score(task.test.inputs), torch.tensor(outcome.threshold)]
+        case ScanReport():
+            return [torch.tensor([outcome.score, *outcome.per_class])]
+
+
+def _refuses(cls: type[Method], settings: dict[str, object], otherwise: str) -> None:
+    try:
+        cls.build(settings)
+    except InputError:
+        return
+    raise AssertionError(f"{cls.name}: {otherwise}")
+
+
+def _refuses_run(attack: ClassificationAttack, task: Task) -> None:
+    try:
+        attack.run(task, Context())
+    except InputError:
+        return
+    raise AssertionError(f"{attack.name}: a target outside of the classes is accepted")
+
+
+def _equal(a: Inputs, b: Inputs) -> bool:
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return bool(np.array_equal(np.asarray(a), np.asarray(b)))
+    return torch.equal(a, b)
