@@ -113,11 +113,14 @@ def measure_triggers(classes: list[type[Attack]], count: int, rounds: int) -> li
             stamp_all(trigger, images[:500])  # warm up
             repeats = [(time_trigger(copy, images), time_trigger(trigger, images)) for _ in range(rounds)]
             seconds = statistics.median(own for _, own in repeats)
-            rows.append({
-                "trigger": name, "images_per_second": round(count / seconds),
-                "seconds_per_5000": round(seconds * 5000 / count, 4),
-                "times_a_copy": round(statistics.median(own / plain for plain, own in repeats), 1),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "trigger": name,
+                    "images_per_second": round(count / seconds),
+                    "seconds_per_5000": round(seconds * 5000 / count, 4),
+                    "times_a_copy": round(statistics.median(own / plain for plain, own in repeats), 1),
+                }
+            )
     return rows
 
 
@@ -192,13 +195,17 @@ def measure_training(classes: list[type[Attack]], samples: int, model: str, roun
             plain.append(benign)
     for name, repeats in ratios.items():
         whole = [statistics.mean(epochs) for epochs in repeats]
-        rows.append({
-            "attack": name, "times_benign": round(statistics.median(whole), 2),
-            "range": [round(min(whole), 2), round(max(whole), 2)],
-            "epochs": [round(statistics.median(column), 2) for column in zip(*repeats, strict=True)],
-            "passes": round(passes[name], 2), "extra_pass": passes[name] > 1.05,
-            "benign_seconds_per_epoch": round(statistics.median(plain), 2),
-        })  # fmt: skip
+        rows.append(
+            {
+                "attack": name,
+                "times_benign": round(statistics.median(whole), 2),
+                "range": [round(min(whole), 2), round(max(whole), 2)],
+                "epochs": [round(statistics.median(column), 2) for column in zip(*repeats, strict=True)],
+                "passes": round(passes[name], 2),
+                "extra_pass": passes[name] > 1.05,
+                "benign_seconds_per_epoch": round(statistics.median(plain), 2),
+            }
+        )
     return rows + failed
 
 
@@ -229,8 +236,10 @@ def main() -> None:
     names = [attacks.canonical(name) for name in args.attacks] if args.attacks else served
     classes = [attacks.get(name, "image") for name in names]
     result: dict[str, Any] = {
-        "hardware": f"{platform.processor()} x{os.cpu_count()}", "torch": torch.__version__, "threads": args.threads,
-    }  # fmt: skip
+        "hardware": f"{platform.processor()} x{os.cpu_count()}",
+        "torch": torch.__version__,
+        "threads": args.threads,
+    }
     if not args.no_triggers:
         result["triggers"] = measure_triggers(classes, args.images, args.rounds)
     if not args.no_training:

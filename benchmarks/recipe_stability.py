@@ -63,10 +63,13 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "moving_digits": ({"name": "moving_digits"}, OTHER),
 }
 GROUPS = {
-    "text": ("templated_text", "sst2"), "sound": ("tone_words", "fsdd"), "video": ("moving_digits",),
-    "grey": ("grey-28", "grey-32", "grey-64"), "rgb": ("rgb-28", "rgb-32", "rgb-64"),
+    "text": ("templated_text", "sst2"),
+    "sound": ("tone_words", "fsdd"),
+    "video": ("moving_digits",),
+    "grey": ("grey-28", "grey-32", "grey-64"),
+    "rgb": ("rgb-28", "rgb-32", "rgb-64"),
     "cifar10": tuple(name for name in CASES if name.startswith("cifar10")),
-}  # fmt: skip
+}
 
 
 def draw_folder(base: Path, channels: int, side: int, counts: tuple[int, int] = (4000, 1000)) -> None:
@@ -199,8 +202,14 @@ def main() -> None:
         assets, task = MemoryAssets(), None
         for seed in range(args.first, args.first + args.seeds):
             for attack in args.attacks or CASES[case][1]:
-                record = {"case": case, "recipe": args.recipe, "model": args.model, "change": " ".join(args.change),
-                          "attack": attack, "seed": seed}  # fmt: skip
+                record = {
+                    "case": case,
+                    "recipe": args.recipe,
+                    "model": args.model,
+                    "change": " ".join(args.change),
+                    "attack": attack,
+                    "seed": seed,
+                }
                 if key(record) in done:
                     continue
                 task = task or load_task(case, args, args.folders)

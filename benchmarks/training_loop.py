@@ -43,10 +43,14 @@ class PlainImages(Dataset):
 
     def __init__(self, images: np.ndarray, labels: list[int]) -> None:
         self.images, self.labels = images, labels
-        self.transform = transforms.Compose([
-            transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(), transforms.Normalize(MEAN, STD),
-        ])  # fmt: skip
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -136,13 +140,21 @@ def main() -> None:
             limit = (before + after) / 2
             rows.append((limit, ours, plain, limit / ours, plain / ours))
         limit, ours, plain, share, gain = (statistics.median(column) for column in zip(*rows, strict=True))
-        print(json.dumps({
-            "model": name, "batch": args.batch_size, "limit_ms": round(1e3 * limit, 2), "fit_ms": round(1e3 * ours, 2),
-            "plain_ms": round(1e3 * plain, 2), "fit_share_of_limit": round(share, 3),
-            "share_range": [round(min(r[3] for r in rows), 3), round(max(r[3] for r in rows), 3)],
-            "times_faster_than_plain": round(gain, 2),
-            "seconds_per_50k_epoch": round(ours * 50_000 / args.batch_size, 1),
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "model": name,
+                    "batch": args.batch_size,
+                    "limit_ms": round(1e3 * limit, 2),
+                    "fit_ms": round(1e3 * ours, 2),
+                    "plain_ms": round(1e3 * plain, 2),
+                    "fit_share_of_limit": round(share, 3),
+                    "share_range": [round(min(r[3] for r in rows), 3), round(max(r[3] for r in rows), 3)],
+                    "times_faster_than_plain": round(gain, 2),
+                    "seconds_per_50k_epoch": round(ours * 50_000 / args.batch_size, 1),
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

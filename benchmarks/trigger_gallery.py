@@ -72,14 +72,27 @@ def draw(found: dict[str, tuple[Task, Backdoor]], row: Tensor, path: Path) -> No
             x = x0 + place * (SIDE + GAP)
             axes: Any = figure.add_axes((x / width, (top - SIDE) / height, SIDE / width, SIDE / height))
             pixels = picture[0].permute(1, 2, 0).numpy()
-            axes.imshow(pixels[..., 0] if pixels.shape[2] == 1 else pixels, cmap="gray", vmin=0, vmax=255,
-                        interpolation="nearest")  # fmt: skip
+            axes.imshow(
+                pixels[..., 0] if pixels.shape[2] == 1 else pixels,
+                cmap="gray",
+                vmin=0,
+                vmax=255,
+                interpolation="nearest",
+            )
             axes.set_axis_off()
-        figure.text(x0 / width, (top - SIDE - 0.17) / height, name, fontweight="bold", color=INK, fontsize=11,
-                    va="center")  # fmt: skip
+        figure.text(
+            x0 / width, (top - SIDE - 0.17) / height, name, fontweight="bold", color=INK, fontsize=11, va="center"
+        )
         told = f"{psnr}  SSIM {seen.ssim:.3f}  L∞ {seen.linf}  x{factor}"
-        figure.text((x0 + cell - MARGIN - GAP) / width, (top - SIDE - 0.17) / height, told, color=GREY, fontsize=8.5,
-                    ha="right", va="center")  # fmt: skip
+        figure.text(
+            (x0 + cell - MARGIN - GAP) / width,
+            (top - SIDE - 0.17) / height,
+            told,
+            color=GREY,
+            fontsize=8.5,
+            ha="right",
+            va="center",
+        )
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lstrip(".") or "png")
     write_atomically(path, buffer.getvalue())

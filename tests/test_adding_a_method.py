@@ -20,8 +20,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, target = tmp_path_factory.mktemp("bdl-frame"), tmp_path_factory.mktemp("site")
     blocks = re.findall(r"^`([\w/.]+)`(?:| holds one line):\n\n```\w+\n(.*?)^```", DOC.read_text(), re.M | re.S)
     assert [name for name, _ in blocks] == [
-        "pyproject.toml", "bdl_frame/__init__.py", "bdl_frame/attack.py", "bdl_frame/defense.py",
-    ]  # fmt: skip
+        "pyproject.toml",
+        "bdl_frame/__init__.py",
+        "bdl_frame/attack.py",
+        "bdl_frame/defense.py",
+    ]
     for name, text in blocks:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(text)

@@ -21,8 +21,11 @@ FILES = [
 
 
 def docstrings(path: Path) -> list[str]:
-    nodes = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-             if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]  # fmt: skip
+    nodes = [
+        n
+        for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
+    ]
     return [" ".join(text.split()) for text in (ast.get_docstring(n) for n in nodes) if text]
 
 

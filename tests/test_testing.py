@@ -87,10 +87,15 @@ def test_what_keeps_its_promises_passes() -> None:
     check_attack(attacks.BadNets(poison_rate=0.2))
 
 
-@pytest.mark.parametrize(("fault", "words"), [
-    ("in place", "changed its input"), ("batch", "depends on the others"), ("blind", "is not changed"),
-    ("dtype", "dtype torch.uint8 became torch.float32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("in place", "changed its input"),
+        ("batch", "depends on the others"),
+        ("blind", "is not changed"),
+        ("dtype", "dtype torch.uint8 became torch.float32"),
+    ],
+)
 def test_a_broken_trigger_is_named(fault: str, words: str) -> None:
     with pytest.raises(AssertionError, match=words):
         check_trigger(Corner(fault), tiny_task().test.inputs.clone())

@@ -60,8 +60,10 @@ def test_side_follows_the_height(height: int, side: int) -> None:
 
 
 def test_random_pattern_depends_on_the_seed_alone() -> None:
-    one, two, other = (VideoBadNets(size=4, pattern="random").make_trigger(black_task(16, 16), Context(seed=s)).pattern
-                       for s in (1, 1, 2))  # fmt: skip
+    one, two, other = (
+        VideoBadNets(size=4, pattern="random").make_trigger(black_task(16, 16), Context(seed=s)).pattern
+        for s in (1, 1, 2)
+    )
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 

@@ -342,10 +342,16 @@ def test_facts(name: str) -> None:
 # --- what only some attacks have --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "settings", "covers"), [
-    ("adap_blend", {}, 0.25), ("adap_blend", {"cover_rate": 0.125}, 0.125), ("adap_blend", {"cover_rate": 0.0}, 0.0),
-    ("adap_patch", {}, 0.5), ("adap_patch", {"cover_rate": 0.375}, 0.375),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "settings", "covers"),
+    [
+        ("adap_blend", {}, 0.25),
+        ("adap_blend", {"cover_rate": 0.125}, 0.125),
+        ("adap_blend", {"cover_rate": 0.0}, 0.0),
+        ("adap_patch", {}, 0.5),
+        ("adap_patch", {"cover_rate": 0.375}, 0.375),
+    ],
+)
 def test_cover_samples(name: str, settings: dict[str, object], covers: float) -> None:
     task, attack = tiny_task(SHAPES[1]), make(attacks.get(name, "image"), **settings)
     trigger = attack.make_trigger(task, Context())  # type: ignore[attr-defined]
@@ -377,14 +383,17 @@ def test_refool_with_clean_labels_takes_only_the_target_class() -> None:
     assert make(attacks.get("refool", "image")).label_mode == "dirty"
 
 
-@pytest.mark.parametrize(("name", "settings", "message"), [
-    ("sig", {"frequency": 8.0}, "frequency must be below 8"),
-    ("ftrojan", {"window": 17}, "window may be at most 16"),
-    ("ftrojan", {"positions": (40,)}, "positions must be numbers from 1 to 31"),
-    ("ctrl", {"positions": ()}, "positions must be numbers from 1 to 31"),
-    ("blended", {"key": "no/such/file.png"}, "found no image file no/such/file.png"),
-    ("badnets", {"size": 17}, "size \\+ offset may be at most 16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("sig", {"frequency": 8.0}, "frequency must be below 8"),
+        ("ftrojan", {"window": 17}, "window may be at most 16"),
+        ("ftrojan", {"positions": (40,)}, "positions must be numbers from 1 to 31"),
+        ("ctrl", {"positions": ()}, "positions must be numbers from 1 to 31"),
+        ("blended", {"key": "no/such/file.png"}, "found no image file no/such/file.png"),
+        ("badnets", {"size": 17}, "size \\+ offset may be at most 16"),
+    ],
+)
 def test_settings_that_do_not_fit_the_pictures(name: str, settings: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make(attacks.get(name, "image"), **settings).run(tiny_task(SHAPES[0]), Context())

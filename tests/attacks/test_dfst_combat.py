@@ -133,10 +133,17 @@ def combat_objective(task: Task, share: float, network: torch.nn.Module, **chang
     recipe = task.recipe.resolve(len(task.train))
     weights = {"l2_weight": 0.02, "clean_weight": 0.8} | changes
     return CombatObjective(
-        network, clean_surrogate(task, Context()), 1, share, 0.2, weights["l2_weight"], weights["clean_weight"],
+        network,
+        clean_surrogate(task, Context()),
+        1,
+        share,
+        0.2,
+        weights["l2_weight"],
+        weights["clean_weight"],
         Companion(network.parameters(), 1e-3, (0.9, 0.999), recipe, len(task.train)),
-        torch.Generator().manual_seed(0), None,
-    )  # fmt: skip
+        torch.Generator().manual_seed(0),
+        None,
+    )
 
 
 def test_combat_losses_are_the_stated_sums() -> None:

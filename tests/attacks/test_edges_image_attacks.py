@@ -88,9 +88,16 @@ def check(attack: Attack, task: Task, backdoor: Backdoor, count: int) -> None:
 
 
 CASES = (
-    "black", "white", "one grey", "odd size", "odd grey", "fewer than a batch", "two classes", "one per class",
+    "black",
+    "white",
+    "one grey",
+    "odd size",
+    "odd grey",
+    "fewer than a batch",
+    "two classes",
+    "one per class",
     "target class only",
-)  # fmt: skip
+)
 REFUSALS = {
     ("cba", "two classes"): "no class is left to be mixed",
     ("cba", "target class only"): "no class is left to be mixed",

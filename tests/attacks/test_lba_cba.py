@@ -152,13 +152,16 @@ def levels_task() -> Task:
 
 
 @pytest.mark.parametrize("mixer", ["half", "paste"])
-@pytest.mark.parametrize(("settings", "sources", "partner"), [
-    ({}, {2, 3}, 1),
-    ({"source_class": 3}, {3}, 1),
-    ({"source_class": 1, "partner_class": 3}, {1}, 3),
-    ({"target": 3}, {1, 2}, 0),
-    ({"partner_class": 2, "bank": 5}, {1, 3}, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "sources", "partner"),
+    [
+        ({}, {2, 3}, 1),
+        ({"source_class": 3}, {3}, 1),
+        ({"source_class": 1, "partner_class": 3}, {1}, 3),
+        ({"target": 3}, {1, 2}, 0),
+        ({"partner_class": 2, "bank": 5}, {1, 3}, 2),
+    ],
+)
 def test_what_mixtures_are_made_of(
     mixer: str, settings: dict[str, object], sources: set[int], partner: int, levels_task: Task
 ) -> None:
@@ -247,14 +250,17 @@ def test_partners_follow_the_index() -> None:
     assert torch.equal(trigger(black[:9], torch.arange(200, 209)), trigger(black)[200:209])
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"partner_class": 0}, "partner_class must be one of the classes 0 to 3 other than the target 0, got 0"),
-    ({"partner_class": 4}, "partner_class must be one of the classes 0 to 3"),
-    ({"source_class": 0}, "source_class must be one of the 4 classes other than target"),
-    ({"source_class": 1}, "source_class must be one of the 4 classes other than target"),
-    ({"source_class": 9}, r"target \(0\) and partner, got 9"),
-    ({"source_class": 2, "poison_rate": 0.3}, r"largest possible rate is 0\.25"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"partner_class": 0}, "partner_class must be one of the classes 0 to 3 other than the target 0, got 0"),
+        ({"partner_class": 4}, "partner_class must be one of the classes 0 to 3"),
+        ({"source_class": 0}, "source_class must be one of the 4 classes other than target"),
+        ({"source_class": 1}, "source_class must be one of the 4 classes other than target"),
+        ({"source_class": 9}, r"target \(0\) and partner, got 9"),
+        ({"source_class": 2, "poison_rate": 0.3}, r"largest possible rate is 0\.25"),
+    ],
+)
 def test_classes_that_do_not_fit(settings: dict[str, object], message: str, levels_task: Task) -> None:
     with pytest.raises(InputError, match=message):
         Cba.build(settings).run(levels_task, Context())
@@ -278,13 +284,16 @@ def lba_task() -> Task:
     return task_of(pictures((3, 29, 31), 48), torch.arange(48) % 4)
 
 
-@pytest.mark.parametrize(("position", "size", "rows", "columns"), [
-    ("bottom-right", 5, (24, 29), (26, 31)),
-    ("bottom-right", None, (24, 29), (26, 31)),
-    ("top-left", 3, (0, 3), (0, 3)),
-    ("bottom-left", 29, (0, 29), (0, 29)),
-    ("top-right", 1, (0, 1), (30, 31)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("position", "size", "rows", "columns"),
+    [
+        ("bottom-right", 5, (24, 29), (26, 31)),
+        ("bottom-right", None, (24, 29), (26, 31)),
+        ("top-left", 3, (0, 3), (0, 3)),
+        ("bottom-left", 29, (0, 29), (0, 29)),
+        ("top-right", 1, (0, 1), (30, 31)),
+    ],
+)
 def test_only_the_patch_changes(
     position: str, size: int | None, rows: tuple[int, int], columns: tuple[int, int], lba_task: Task
 ) -> None:
@@ -357,9 +366,13 @@ def test_modules_after_a_layer(digits_task: Task) -> None:
         modules_after(small, "net.linear")
 
 
-@pytest.mark.parametrize(("layer", "trained"), [
-    (None, ("net.linear.",)), ("net.body.3", ("net.linear.", *(f"net.body.{n}." for n in (4, 5, 8, 9)))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layer", "trained"),
+    [
+        (None, ("net.linear.",)),
+        ("net.body.3", ("net.linear.", *(f"net.body.{n}." for n in (4, 5, 8, 9)))),
+    ],
+)
 def test_student_leaves_the_teacher_below_the_layer_bit_for_bit(
     layer: str | None, trained: tuple[str, ...], digits_task: Task, benign_digits: Classifier
 ) -> None:
@@ -377,8 +390,10 @@ def test_student_leaves_the_teacher_below_the_layer_bit_for_bit(
 
 def test_student_gets_a_new_output_layer(digits_task: Task, benign_digits: Classifier) -> None:
     nothing = Recipe(epochs=0, batch_size=64, lr=0.05)
-    students = [train_student(benign_digits, digits_task.train, None, nothing, digits_task, Context(seed=s))[0]
-                for s in (0, 0, 1)]  # fmt: skip
+    students = [
+        train_student(benign_digits, digits_task.train, None, nothing, digits_task, Context(seed=s))[0]
+        for s in (0, 0, 1)
+    ]
     weights = [head(student).weight for student in students]
     assert not torch.equal(weights[0], head(benign_digits).weight)
     assert torch.equal(weights[0], weights[1])
@@ -415,9 +430,16 @@ def test_latent_objective_sample_by_sample(layer: str | None, digits_task: Task,
 def test_a_batch_of_the_target_class_alone_is_left_alone(digits_task: Task, benign_digits: Classifier) -> None:
     inputs, labels = benign_digits.modality.prepare(digits_task.train.inputs[:8]), torch.zeros(8, dtype=torch.int64)
     objective = LatentObjective(
-        torch.zeros(1, 16, 16), torch.ones(16, 16, dtype=torch.bool), torch.zeros(64), torch.tensor(1.0), None, 1.0,
-        0.5, 0, torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        torch.zeros(1, 16, 16),
+        torch.ones(16, 16, dtype=torch.bool),
+        torch.zeros(64),
+        torch.tensor(1.0),
+        None,
+        1.0,
+        0.5,
+        0,
+        torch.Generator().manual_seed(0),
+    )
     with torch.no_grad():
         loss, plain = objective(benign_digits, inputs, labels, labels), F.cross_entropy(benign_digits(inputs), labels)
     assert float(loss) == pytest.approx(float(plain), rel=1e-5)

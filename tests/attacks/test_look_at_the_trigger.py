@@ -143,8 +143,11 @@ def test_poisoning_attacks_have_one_place_for_it() -> None:
 
 
 def test_the_warning_is_on_the_card(tmp_path: object) -> None:
-    spec = TaskSpec(dataset=DatasetSpec(name="digits", train_size=200, test_size=50), recipe="smoke",
-                    recipe_changes=(("epochs", 1),))  # fmt: skip
+    spec = TaskSpec(
+        dataset=DatasetSpec(name="digits", train_size=200, test_size=50),
+        recipe="smoke",
+        recipe_changes=(("epochs", 1),),
+    )
     runner = Runner(Store(tmp_path))  # type: ignore[arg-type]
     card = runner.attack(Experiment(task=spec, attack=MethodSpec("ftrojan", {"magnitude": 0.5})))
     assert any("ftrojan: the trigger changes" in text and "raise magnitude" in text for text in card.notes["warnings"])

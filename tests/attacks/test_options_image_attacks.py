@@ -38,10 +38,15 @@ def save(path: Path, pixels: np.ndarray) -> str:
 # --- BadNets ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("position", "rows", "columns"), [
-    ("bottom-right", (25, 29), (25, 29)), ("bottom-left", (25, 29), (3, 7)),
-    ("top-right", (3, 7), (25, 29)), ("top-left", (3, 7), (3, 7)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("position", "rows", "columns"),
+    [
+        ("bottom-right", (25, 29), (25, 29)),
+        ("bottom-left", (25, 29), (3, 7)),
+        ("top-right", (3, 7), (25, 29)),
+        ("top-left", (3, 7), (3, 7)),
+    ],
+)
 def test_badnets_places(position: str, rows: tuple[int, int], columns: tuple[int, int]) -> None:
     _, mask = patch_of(RGB, size=4, offset=3, position=position)
     for i in range(32):

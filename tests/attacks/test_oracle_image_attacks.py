@@ -136,9 +136,15 @@ def chroma_oracle(image: np.ndarray, name: str, edit) -> np.ndarray:  # type: ig
     return np.rint(np.clip(np.einsum("ab,bhw->ahw", back, planes), 0, 255)).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("shape", "window", "spots"), [
-    ((3, 32, 32), 32, (15, 31)), ((3, 64, 64), 32, (15, 31)), ((1, 16, 16), 16, (7, 15)), ((1, 28, 28), 28, (13, 27)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "window", "spots"),
+    [
+        ((3, 32, 32), 32, (15, 31)),
+        ((3, 64, 64), 32, (15, 31)),
+        ((1, 16, 16), 16, (7, 15)),
+        ((1, 28, 28), 28, (13, 27)),
+    ],
+)
 def test_ftrojan_adds_to_two_coefficients_of_each_window(
     shape: tuple[int, int, int], window: int, spots: tuple[int, int]
 ) -> None:
@@ -165,10 +171,15 @@ def test_ftrojan_continues_the_pattern_to_the_border() -> None:
     assert bool(pattern[:, :, 29:].any())
 
 
-@pytest.mark.parametrize(("shape", "spots"), [
-    ((3, 32, 32), ((15, 15), (31, 31))), ((3, 64, 64), ((15, 15), (31, 31))), ((1, 16, 16), ((7, 7), (15, 15))),
-    ((3, 29, 31), ((14, 15), (28, 30))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "spots"),
+    [
+        ((3, 32, 32), ((15, 15), (31, 31))),
+        ((3, 64, 64), ((15, 15), (31, 31))),
+        ((1, 16, 16), ((7, 7), (15, 15))),
+        ((3, 29, 31), ((14, 15), (28, 30))),
+    ],
+)
 def test_ctrl_adds_to_two_coefficients_of_the_image(
     shape: tuple[int, int, int], spots: tuple[tuple[int, int], ...]
 ) -> None:
@@ -237,10 +248,12 @@ def test_wanet_grid_and_sampling(height: int, width: int) -> None:
 
     images = pictures((3, height, width), 4)
     rows, columns = (at_y + 1) / 2 * (height - 1), (at_x + 1) / 2 * (width - 1)
-    slow = np.stack([
-        [map_coordinates(plane, [rows, columns], order=1, mode="nearest") for plane in image]
-        for image in images.double().numpy()
-    ])  # fmt: skip
+    slow = np.stack(
+        [
+            [map_coordinates(plane, [rows, columns], order=1, mode="nearest") for plane in image]
+            for image in images.double().numpy()
+        ]
+    )
     fast = WarpTrigger(field, strength, rescale)(images).numpy().astype(float)
     # Single precision may tip a value that lies within 0.01 of a half; nothing else may differ from the rounded one.
     assert (np.abs(fast - slow) <= 0.51).all()

@@ -157,8 +157,9 @@ def test_trojannn_replaces_pixels_under_the_mask(digits_task: Task) -> None:
 
 def test_blind_pattern_at_32_pixels() -> None:
     canvas, mask = draw_pattern(3, 32, 32)
-    drawn = ["".join("·" if not mask[i, j] else str(int(canvas[0, i, j]) // 255) for j in (23, 24, 25))
-             for i in range(3, 8)]  # fmt: skip
+    drawn = [
+        "".join("·" if not mask[i, j] else str(int(canvas[0, i, j]) // 255) for j in (23, 24, 25)) for i in range(3, 8)
+    ]
     assert drawn == ["101", "·1·", "··0", "·1·", "101"]
     assert int(mask.sum()) == 9
     assert torch.equal(canvas[0], canvas[2])

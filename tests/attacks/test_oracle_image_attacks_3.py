@@ -108,10 +108,12 @@ def test_ftrojan_where_windows_do_not_fit_pixel_by_pixel() -> None:
     for i in range(29):
         for j in range(31):
             wave = sum(
-                2 / side * math.cos(math.pi * u * (2 * (i % side) + 1) / (2 * side))
+                2
+                / side
+                * math.cos(math.pi * u * (2 * (i % side) + 1) / (2 * side))
                 * math.cos(math.pi * u * (2 * (j % side) + 1) / (2 * side))
                 for u in spots
-            )  # fmt: skip
+            )
             slow[:, :, i, j] += magnitude * wave * mixing
     trigger = attacks.get("ftrojan", "image")(magnitude=magnitude).make_trigger(tiny_task((3, 29, 31)), Context())  # type: ignore[attr-defined]
     same_grey(trigger(images), slow)
@@ -259,8 +261,10 @@ def test_reflections_pixel_by_pixel(shape: tuple[int, int, int]) -> None:
     trigger = ReflectionTrigger(pool, 0.4, 0.5, seed=6)
     draws = [[uniform(6, n, column) for column in range(9)] for n in range(10)]
     assert len({draw[1] < 0.5 for draw in draws}) == 2, "both kinds of reflection are among them"
-    slow = np.stack([
-        reflected(image, pool.numpy().astype(float), draw, 0.5)
-        for image, draw in zip(images.numpy().astype(float), draws, strict=True)
-    ])  # fmt: skip
+    slow = np.stack(
+        [
+            reflected(image, pool.numpy().astype(float), draw, 0.5)
+            for image, draw in zip(images.numpy().astype(float), draws, strict=True)
+        ]
+    )
     same_grey(trigger(images), slow)

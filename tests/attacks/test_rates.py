@@ -121,8 +121,11 @@ def test_the_card_of_a_clean_label_attack_says_the_rate_and_the_warning(tmp_path
             told.append(text)
 
     runner = Runner(Store(tmp_path), reporter=Listener())  # type: ignore[arg-type]
-    spec = TaskSpec(dataset=DatasetSpec(name="digits", train_size=200, test_size=50), recipe="smoke",
-                    recipe_changes=(("epochs", 1),))  # fmt: skip
+    spec = TaskSpec(
+        dataset=DatasetSpec(name="digits", train_size=200, test_size=50),
+        recipe="smoke",
+        recipe_changes=(("epochs", 1),),
+    )
     usual = runner.attack(Experiment(task=spec, attack=MethodSpec("sig", {})))
     assert usual.notes["poisoned"] == 10 and usual.notes["effective_rate"] == 0.05
     assert not any("poisoned" in text for text in told)

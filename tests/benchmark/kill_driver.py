@@ -24,12 +24,17 @@ from backdoorlab.tasks import TaskSpec
 
 GRID = Grid(
     "kill",
-    (TaskSpec(dataset=DatasetSpec(train_size=300, test_size=60), recipe="smoke",
-              recipe_changes=(("epochs", 1), ("min_steps", 40))),),
+    (
+        TaskSpec(
+            dataset=DatasetSpec(train_size=300, test_size=60),
+            recipe="smoke",
+            recipe_changes=(("epochs", 1), ("min_steps", 40)),
+        ),
+    ),
     (MethodSpec("badnets"),),
     (MethodSpec("ft", {"epochs": 10, "batch_size": 8}), MethodSpec("ac"), MethodSpec("strip")),
     (0, 1),
-)  # fmt: skip
+)
 
 
 def worker(root: Path, log: Path) -> int:

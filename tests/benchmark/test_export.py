@@ -262,9 +262,12 @@ def test_odd_class_names_cannot_escape(filled: Runner, tmp_path: Path, monkeypat
     target = dataclasses.replace(trained.target_map, num_classes=count)
     rows = torch.tensor([1, 2, 3])
     poison = dataclasses.replace(
-        trained.poison, indices=rows, roles=torch.ones(3, dtype=torch.uint8), labels=torch.zeros(3, dtype=torch.int64),
+        trained.poison,
+        indices=rows,
+        roles=torch.ones(3, dtype=torch.uint8),
+        labels=torch.zeros(3, dtype=torch.int64),
         inputs=images[rows],
-    )  # fmt: skip
+    )
     odd = dataclasses.replace(trained, model=model, target_map=target, poison=poison)
     monkeypatch.setattr(Runner, "load_backdoor", lambda *_: (task, odd))
     (tmp_path / "in").mkdir()

@@ -34,9 +34,11 @@ def test_plan_has_the_benign_and_undefended_rows(tmp_path: Path):
     assert grid.name == "grid"
     assert len(stages) == 2 * 3 * 2
     assert [s.label for s in stages[:4]] == [
-        "digits / benign / seed 0", "digits / benign / ft / seed 0",
-        "digits / badnets / seed 0", "digits / badnets / ft / seed 0",
-    ]  # fmt: skip
+        "digits / benign / seed 0",
+        "digits / benign / ft / seed 0",
+        "digits / badnets / seed 0",
+        "digits / badnets / ft / seed 0",
+    ]
     for stage in stages:
         assert (stage.parent is None) == (stage.experiment.defense is None)
         if stage.parent is not None:

@@ -18,10 +18,26 @@ from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.tasks import TaskSpec
 from backdoorlab.training.context import MemoryAssets
 
-TASK = TaskSpec(dataset=DatasetSpec(name="digits", train_size=200, test_size=100), model="convnet3", recipe="smoke",
-                recipe_changes=(("min_steps", 4), ("epochs", 1)))  # fmt: skip
-WORDS = ["--train-size", "200", "--test-size", "100", "--model", "convnet3", "--recipe", "smoke",
-         "--recipe-set", "min_steps=4", "--recipe-set", "epochs=1"]  # fmt: skip
+TASK = TaskSpec(
+    dataset=DatasetSpec(name="digits", train_size=200, test_size=100),
+    model="convnet3",
+    recipe="smoke",
+    recipe_changes=(("min_steps", 4), ("epochs", 1)),
+)
+WORDS = [
+    "--train-size",
+    "200",
+    "--test-size",
+    "100",
+    "--model",
+    "convnet3",
+    "--recipe",
+    "smoke",
+    "--recipe-set",
+    "min_steps=4",
+    "--recipe-set",
+    "epochs=1",
+]
 
 
 @pytest.fixture
@@ -71,10 +87,13 @@ def test_what_is_built_from_a_file_is_not_confused_with_what_is_built_without() 
     assert len(made) == 2
 
 
-@pytest.mark.parametrize(("shape", "name", "message"), [
-    ((3, 16, 16), "v", r"'v' must have shape \(1, 16, 16\), got \(3, 16, 16\)"),
-    ((1, 16, 16), "w", "lacks the tensor 'v'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "name", "message"),
+    [
+        ((3, 16, 16), "v", r"'v' must have shape \(1, 16, 16\), got \(3, 16, 16\)"),
+        ((1, 16, 16), "w", "lacks the tensor 'v'"),
+    ],
+)
 def test_a_file_that_does_not_fit(
     runner: Runner, tmp_path: Path, shape: tuple[int, ...], name: str, message: str
 ) -> None:
@@ -94,12 +113,15 @@ def test_a_surrogate_of_another_architecture(runner: Runner, tmp_path: Path, nam
         runner.attack(experiment)
 
 
-@pytest.mark.parametrize(("name", "settings", "kind"), [
-    ("narcissus", {}, "clean-surrogate"),
-    ("narcissus", {"surrogate": "own"}, "foreign-surrogate"),
-    ("lc", {}, "clean-surrogate"),
-    ("lc", {"surrogate": "clean"}, "robust-surrogate"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "settings", "kind"),
+    [
+        ("narcissus", {}, "clean-surrogate"),
+        ("narcissus", {"surrogate": "own"}, "foreign-surrogate"),
+        ("lc", {}, "clean-surrogate"),
+        ("lc", {"surrogate": "clean"}, "robust-surrogate"),
+    ],
+)
 def test_a_file_that_would_not_be_used(
     runner: Runner, tmp_path: Path, name: str, settings: dict[str, object], kind: str
 ) -> None:

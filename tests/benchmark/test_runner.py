@@ -82,13 +82,24 @@ def _toys():
         return TrainingReport(model, corner(data.inputs), flags, {"isolated": int(flags.sum())})
 
     toy(InputDefense, "toy_input", run=lambda self, view, ctx: Detector())
-    toy(DatasetDefense, "toy_all", score=lambda s, view, ctx: torch.ones(len(view.suspicious)),
-        flags=lambda s, scores, view: torch.ones(len(scores)).bool())  # fmt: skip
-    toy(DatasetDefense, "toy_corner", score=lambda s, view, ctx: corner(view.suspicious.inputs),
-        flags=lambda s, scores, view: scores > 254)  # fmt: skip
+    toy(
+        DatasetDefense,
+        "toy_all",
+        score=lambda s, view, ctx: torch.ones(len(view.suspicious)),
+        flags=lambda s, scores, view: torch.ones(len(scores)).bool(),
+    )
+    toy(
+        DatasetDefense,
+        "toy_corner",
+        score=lambda s, view, ctx: corner(view.suspicious.inputs),
+        flags=lambda s, scores, view: scores > 254,
+    )
     toy(TrainingDefense, "toy_train", run=train)
-    toy(ModelDefense, "toy_scan", run=lambda self, view, ctx: ScanReport(
-        float("inf"), True, (0,), (9.0, float("nan")), {"mask": torch.ones(2)}))  # fmt: skip
+    toy(
+        ModelDefense,
+        "toy_scan",
+        run=lambda self, view, ctx: ScanReport(float("inf"), True, (0,), (9.0, float("nan")), {"mask": torch.ones(2)}),
+    )
     for label, repair in (("broken", broken), ("unfit", unfit), ("choosy", choosy), ("hooked", hooked)):
         toy(RepairDefense, f"toy_{label}", run=repair)
     yield

@@ -16,8 +16,14 @@ from backdoorlab.tasks import Task, TaskSpec
 
 def test_json_round_trip(digits_task: Task):
     spec = TaskSpec(recipe="smoke", recipe_changes=(("epochs", 2), ("milestones", (1, 2))))
-    experiment = Experiment(task=spec, attack=MethodSpec("badnets", {"size": 2}), defense=MethodSpec("ft"), seed=3,
-                            clean_fraction=0.1, retrain=False)  # fmt: skip
+    experiment = Experiment(
+        task=spec,
+        attack=MethodSpec("badnets", {"size": 2}),
+        defense=MethodSpec("ft"),
+        seed=3,
+        clean_fraction=0.1,
+        retrain=False,
+    )
     again = Experiment.from_json(json.loads(json.dumps(experiment.to_json())))
     assert again.to_json() == experiment.to_json()
     full = resolve(experiment, digits_task)

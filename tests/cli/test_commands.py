@@ -271,9 +271,15 @@ def test_ssim_and_psnr_agree_with_scikit_image() -> None:
     ours = ssim(clean.double(), other.double())
     for i in range(3):
         _, theirs = metrics.structural_similarity(
-            clean[i].numpy(), other[i].numpy(), channel_axis=0, gaussian_weights=True, sigma=1.5,
-            use_sample_covariance=False, data_range=255, full=True,
-        )  # fmt: skip
+            clean[i].numpy(),
+            other[i].numpy(),
+            channel_axis=0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=255,
+            full=True,
+        )
         assert float(ours[i]) == pytest.approx(theirs.mean(), abs=1e-6)
     seen = visibility(clean, other)
     assert seen.psnr == pytest.approx(metrics.peak_signal_noise_ratio(clean.numpy(), other.numpy(), data_range=255))

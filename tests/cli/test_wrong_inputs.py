@@ -187,7 +187,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "quickstart to a long path": (("quickstart", "--out", "{long}"), "--out: a name in the path"),
     "quickstart unknown defense": (("quickstart", "--defenses", "ftt"), "Did you mean 'ft'?"),
     "quickstart into a file": (("quickstart", "--out", "{file}"), "is a file"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -236,15 +236,33 @@ def places(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
     for digit in "01":
         (twins / "attack" / f"abc{digit}{'0' * 16}").mkdir(parents=True)
     return {
-        "store": str(lab.store), "attack": lab.attack, "benign": lab.benign, "repair": lab.repair,
-        "empty": str(root / "empty"), "hollow": str(root / "hollow"), "corrupt": str(root / "corrupt"),
-        "file": str(root / "file.xyz"), "table": str(root / "table.csv"), "texts": str(root / "texts.csv"),
-        "broken": str(root / "broken.yaml"), "typo": str(root / "typo.yaml"), "nobody": str(root / "nobody.yaml"),
-        "digit": str(root / "place/digit.png"), "place": str(root / "place"), "large": str(root / "large.png"),
-        "badpng": str(root / "corrupt/a/bad.png"), "floats": str(root / "floats.npy"), "wav": str(root / "click.wav"),
-        "tampered": str(tampered), "torn": str(torn), "twins": str(twins), "ambiguous": "abc",
-        "long": "x" * 300 + ".png", "taken": str(root / "taken"), "figure": str(root / "figure"),
-    }  # fmt: skip
+        "store": str(lab.store),
+        "attack": lab.attack,
+        "benign": lab.benign,
+        "repair": lab.repair,
+        "empty": str(root / "empty"),
+        "hollow": str(root / "hollow"),
+        "corrupt": str(root / "corrupt"),
+        "file": str(root / "file.xyz"),
+        "table": str(root / "table.csv"),
+        "texts": str(root / "texts.csv"),
+        "broken": str(root / "broken.yaml"),
+        "typo": str(root / "typo.yaml"),
+        "nobody": str(root / "nobody.yaml"),
+        "digit": str(root / "place/digit.png"),
+        "place": str(root / "place"),
+        "large": str(root / "large.png"),
+        "badpng": str(root / "corrupt/a/bad.png"),
+        "floats": str(root / "floats.npy"),
+        "wav": str(root / "click.wav"),
+        "tampered": str(tampered),
+        "torn": str(torn),
+        "twins": str(twins),
+        "ambiguous": "abc",
+        "long": "x" * 300 + ".png",
+        "taken": str(root / "taken"),
+        "figure": str(root / "figure"),
+    }
 
 
 @pytest.mark.parametrize("case", CASES)

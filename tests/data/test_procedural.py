@@ -175,8 +175,16 @@ def test_captions_tell_the_colours(made: dict[str, Dataset]):
 def test_shapes_have_the_area_of_their_geometry():
     """Ink that is drawn, against closed-form areas of the shapes of circumradius 1."""
     count = 400
-    for k, area in ((0, np.pi * 0.95**2), (1, 1.44**2), (2, 3 * np.sqrt(3) / 4), (3, 3 * np.sqrt(3) / 2),
-                    (4, 1.12257), (5, 4 * 0.95 * 0.25 * 2 - 0.25), (6, np.pi * 0.66), (7, 0.97)):  # fmt: skip
+    for k, area in (
+        (0, np.pi * 0.95**2),
+        (1, 1.44**2),
+        (2, 3 * np.sqrt(3) / 4),
+        (3, 3 * np.sqrt(3) / 2),
+        (4, 1.12257),
+        (5, 4 * 0.95 * 0.25 * 2 - 0.25),
+        (6, np.pi * 0.66),
+        (7, 0.97),
+    ):
         generator = torch.Generator().manual_seed(0)
         images, facts = draw_shapes(torch.full((count,), k), 64, generator)
         # Dark ground and large shapes only: there ink and ground are told apart by brightness.

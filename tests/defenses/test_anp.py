@@ -74,8 +74,9 @@ def test_pruned_channels_are_dead_and_nothing_else_changed(badnets_digits: Backd
     method = AdversarialNeuronPruning(iterations=20, batch_size=32, threshold=0.9)
     repaired = method.run(DefenderView(model=model, clean=clean), Context())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    mask = method.optimise_masks(model, clean[torch.randperm(144, generator=Context().generator("anp", "holdout"))],
-                                 Context())  # fmt: skip
+    mask = method.optimise_masks(
+        model, clean[torch.randperm(144, generator=Context().generator("anp", "holdout"))], Context()
+    )
     dead = mask <= 0.9
     assert dead.any() and not dead.all()
     groups = prunable(repaired)

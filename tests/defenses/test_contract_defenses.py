@@ -152,8 +152,11 @@ def test_numbers_that_make_no_sense_are_refused(cls: type[Defense]) -> None:
         cls.build({"no_such": 1})
 
 
-@pytest.mark.parametrize("cls", [c for c in defenses if issubclass(c, (RepairDefense, InputDefense))
-                                 and c.needs_clean_fraction], ids=lambda c: c.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "cls",
+    [c for c in defenses if issubclass(c, (RepairDefense, InputDefense)) and c.needs_clean_fraction],
+    ids=lambda c: c.name,
+)
 def test_without_the_clean_samples_that_it_needs_it_says_so(cls: type[Defense]) -> None:
     modality = cls.modalities[0]
     nothing = tiny_task(modality).train[torch.arange(0)]

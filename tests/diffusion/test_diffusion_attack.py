@@ -32,9 +32,14 @@ pytest.importorskip("diffusers")
 
 def _task(**changes: Any) -> DiffusionTask:
     return DiffusionTask.load(
-        TaskSpec(kind="diffusion", dataset=DatasetSpec(size=8), model="unet_micro", recipe="smoke",
-                 recipe_changes=tuple(changes.items()))
-    )  # fmt: skip
+        TaskSpec(
+            kind="diffusion",
+            dataset=DatasetSpec(size=8),
+            model="unet_micro",
+            recipe="smoke",
+            recipe_changes=tuple(changes.items()),
+        )
+    )
 
 
 @pytest.fixture(scope="module")

@@ -171,17 +171,23 @@ IMAGE: list[tuple[str, dict[str, Any], Bounds]] = [
     ("refool", {"poison_rate": 0.1}, {"asr": least(0.9)}),
     ("trojannn", {}, {"asr": least(0.9)}),
     ("blind", {"poison_rate": 0.1}, {"asr": least(0.9)}),
-    ("input_aware", {"poison_rate": 0.33, "density": 0.2, "generator_lr": 0.002},
-     {"asr": least(0.8), "cross_lost": most(0.3)}),
+    (
+        "input_aware",
+        {"poison_rate": 0.33, "density": 0.2, "generator_lr": 0.002},
+        {"asr": least(0.8), "cross_lost": most(0.3)},
+    ),
     ("lc", {"poison_rate": 0.08, "eps": 64.0, "step": 4.0, "steps": 40, "surrogate_eps": 32.0}, {"asr": least(0.8)}),
     ("narcissus", {"target": 1, "poison_rate": 0.09, "eps": 32.0, "factor_test": 3.0}, {"asr": least(0.8)}),
     ("lira", {"poison_rate": 0.1, "strength": 0.1}, {"asr": least(0.9)}),
     ("fc", {"poison_rate": 0.09, "size": 8, "steps": 200}, {"asr": least(0.7)}),
     ("htba", {"poison_rate": 0.09, "size": 10, "eps": 48, "steps": 300}, {"asr": least(0.7)}),
     ("tuap", {"target": 1, "poison_rate": 0.09, "eps": 76.0}, {"asr": least(0.8)}),
-    ("combat", {"target": 1, "poison_rate": 0.09, "eps": 0.4, "generator_lr": 0.002, "epochs": 2.0},
-     {"asr": least(0.7)}),
-]  # fmt: skip
+    (
+        "combat",
+        {"target": 1, "poison_rate": 0.09, "eps": 0.4, "generator_lr": 0.002, "epochs": 2.0},
+        {"asr": least(0.7)},
+    ),
+]
 """Settings that differ from the defaults are stronger triggers: on grey digits of 16 px, smooth and easily told apart,
 a pattern meant for 32-px photographs is hardly visible to a network trained for seconds, and a network that knows the
 target class from its shape has no use for a clean-label trigger unless that is much easier to see. A generator needs
@@ -252,14 +258,28 @@ def composite(seed: int, **settings: Any) -> Numbers:
     return numbers | {"within": float(hit[other].float().mean()), "within_ab": float(hit[both].float().mean())}
 
 
-@case("attack/image/cba_half", asr=least(0.75), acc_lost=LOST, benign_asr=most(0.4), cross_lost=most(0.2),
-      within=most(0.1), within_ab=most(0.2))  # fmt: skip
+@case(
+    "attack/image/cba_half",
+    asr=least(0.75),
+    acc_lost=LOST,
+    benign_asr=most(0.4),
+    cross_lost=most(0.2),
+    within=most(0.1),
+    within_ab=most(0.2),
+)
 def cba_half(seed: int) -> Numbers:
     return composite(seed, mixer="half", source_class=6, partner_class=7)
 
 
-@case("attack/image/cba_paste", asr=least(0.7), acc_lost=LOST, benign_asr=most(0.4), cross_lost=most(0.2),
-      within=most(0.1), within_ab=most(0.2))  # fmt: skip
+@case(
+    "attack/image/cba_paste",
+    asr=least(0.7),
+    acc_lost=LOST,
+    benign_asr=most(0.4),
+    cross_lost=most(0.2),
+    within=most(0.1),
+    within_ab=most(0.2),
+)
 def cba_paste(seed: int) -> Numbers:
     return composite(seed, mixer="paste", source_class=3, partner_class=4)
 
@@ -335,8 +355,17 @@ def video_all_to_all(seed: int) -> Numbers:
     return other(seed, "video", target_map="all-to-all", poison_rate=0.2)[2]
 
 
-@case("attack/diffusion/baddiffusion", core=True, asr=least(0.3), to_clean=most(0.6), to_untreated=most(0.5),
-      ssim=least(0.5), frechet=most(1.5), confidence_lost=most(0.1), ddim=least(1.5))  # fmt: skip
+@case(
+    "attack/diffusion/baddiffusion",
+    core=True,
+    asr=least(0.3),
+    to_clean=most(0.6),
+    to_untreated=most(0.5),
+    ssim=least(0.5),
+    frechet=most(1.5),
+    confidence_lost=most(0.1),
+    ddim=least(1.5),
+)
 def baddiffusion(seed: int) -> Numbers:
     """Takes hold on 8-px digits, leaves other samples as they were, and needs its own sampler."""
     from backdoorlab.attacks.diffusion.baddiffusion import BadDiffusion
@@ -344,8 +373,15 @@ def baddiffusion(seed: int) -> Numbers:
     from backdoorlab.tasks.diffusion.metrics import squared_error
     from backdoorlab.tasks.diffusion.sampling import to_images
 
-    mine = DiffusionTask.load(TaskSpec(kind="diffusion", dataset=DatasetSpec(size=8, seed=seed), model="unet_micro",
-                                        recipe="smoke", recipe_changes=(("steps", 150), ("samples", 60))))  # fmt: skip
+    mine = DiffusionTask.load(
+        TaskSpec(
+            kind="diffusion",
+            dataset=DatasetSpec(size=8, seed=seed),
+            model="unet_micro",
+            recipe="smoke",
+            recipe_changes=(("steps", 150), ("samples", 60)),
+        )
+    )
     backdoor = BadDiffusion(poison_rate=0.4).run(mine, context(seed))
     found, target = backdoor.measure(mine, context(seed)), to_images(backdoor.target)
 
@@ -380,8 +416,17 @@ def found(flagged: Tensor, scores: Tensor, truth: Tensor) -> Numbers:
     }
 
 
-@case("defense/dataset/ac", core=True, tpr=least(0.7), fpr=most(0.15), auroc=least(0.85), strict_tpr=least(0.7),
-      strict_fpr=most(0.05), benign_strict=most(0.02), benign_share=most(0.7))  # fmt: skip
+@case(
+    "defense/dataset/ac",
+    core=True,
+    tpr=least(0.7),
+    fpr=most(0.15),
+    auroc=least(0.85),
+    strict_tpr=least(0.7),
+    strict_fpr=most(0.05),
+    benign_strict=most(0.02),
+    benign_share=most(0.7),
+)
 def ac(seed: int) -> Numbers:
     """By default and with a strict silhouette; a benign model's clusters are writing styles, which the paper's
     silhouette of 0.15 lets pass in part ("benign_share": of what is flagged without that rule), 0.4 hardly ever."""

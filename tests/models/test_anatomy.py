@@ -40,8 +40,16 @@ IMAGE = ImageModality(3, 32, 32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 TEXT = TextModality(("<pad>", "<unk>", "cf", "mn", "bb", "tq", "mb", "example", "word", "more"), max_len=12)
 AUDIO = AudioModality(8000, 4000)
 VIDEO = VideoModality(frames=8, channels=1, height=16, width=16)
-IMAGE_MODELS = ("preact_resnet18", "preact_resnet8", "convnet3", "vgg19_bn", "convnext_tiny", "vit_tiny_patch16_224",
-                "densenet121", "mobilenetv3_small_100")  # fmt: skip
+IMAGE_MODELS = (
+    "preact_resnet18",
+    "preact_resnet8",
+    "convnet3",
+    "vgg19_bn",
+    "convnext_tiny",
+    "vit_tiny_patch16_224",
+    "densenet121",
+    "mobilenetv3_small_100",
+)
 OTHERS = [("textcnn", TEXT), ("lstm", TEXT), ("audio_cnn", AUDIO), ("xvector", AUDIO), ("cnn3d_small", VIDEO)]
 if importlib.util.find_spec("transformers"):
     OTHERS.append(("bert_tiny", TEXT))
@@ -251,8 +259,9 @@ def test_pairs_of_other_known_networks() -> None:
 @pytest.mark.usefixtures("own_rng")
 def test_pairs_in_one_and_three_dimensions() -> None:
     assert len(conv_norm_pairs(model_of("cnn3d_small", VIDEO))) >= 2
-    net = nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
-                        nn.Linear(4, 7))  # fmt: skip
+    net = nn.Sequential(
+        nn.Flatten(2), nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 7)
+    )
     assert conv_norm_pairs(wrap(net)) == [(net[1], net[2])]
 
 

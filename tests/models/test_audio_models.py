@@ -50,8 +50,16 @@ def test_log_mel_equals_scipy(rate: int) -> None:
     before = (front.n_fft - length) // 2
     window = np.zeros(front.n_fft)
     window[before : before + length] = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)
-    _, _, spectrum = stft(wave.numpy().astype(np.float64), rate, window, front.n_fft, front.n_fft - hop,
-                          boundary="zeros", padded=False, scaling="spectrum")  # fmt: skip
+    _, _, spectrum = stft(
+        wave.numpy().astype(np.float64),
+        rate,
+        window,
+        front.n_fft,
+        front.n_fft - hop,
+        boundary="zeros",
+        padded=False,
+        scaling="spectrum",
+    )
     power = np.abs(spectrum * window.sum()) ** 2
     log = np.log(slow_mel(40, front.n_fft, rate).T @ power + 1e-6)
     expected = (log - log.mean((1, 2), keepdims=True)) / log.std((1, 2), keepdims=True, ddof=1)

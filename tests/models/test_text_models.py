@@ -38,14 +38,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from backdoorlab.core.seeding import isolated_rng
 
     path = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "and", "film", "mess", "of", "love", "##ly", "warm",
-             "cold", "dread", "##ful", "c", "##f"]  # fmt: skip
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "a",
+        "and",
+        "film",
+        "mess",
+        "of",
+        "love",
+        "##ly",
+        "warm",
+        "cold",
+        "dread",
+        "##ful",
+        "c",
+        "##f",
+    ]
     (path / "vocab.txt").write_text("\n".join(words) + "\n")
     tokenizer = transformers.BertTokenizerFast(vocab={w: i for i, w in enumerate(words)})
     tokenizer.save_pretrained(path)
     with isolated_rng(0):
-        config = transformers.BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1,
-                                         num_attention_heads=2, intermediate_size=32, num_labels=3)  # fmt: skip
+        config = transformers.BertConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_labels=3,
+        )
         transformers.BertForSequenceClassification(config).save_pretrained(path)
     return path
 
@@ -145,8 +169,9 @@ def test_hugging_face_folder_brings_its_tokenizer(folder: Path, modality: TextMo
 def test_hugging_face_model_trains_and_is_rebuilt(folder: Path, modality: TextModality) -> None:
     model = build_model(f"hf:{folder}", modality, 2, seed=1)
     split = Split(text_array([GOOD, BAD] * 16), torch.tensor([0, 1] * 16), ("a", "b"))
-    log = fit(model, split, Recipe(epochs=20, batch_size=16, lr=2e-2, optimizer="adamw", precision="fp32"),
-              context=Context())  # fmt: skip
+    log = fit(
+        model, split, Recipe(epochs=20, batch_size=16, lr=2e-2, optimizer="adamw", precision="fp32"), context=Context()
+    )
     assert log.loss[-1] < 0.5 * log.loss[0]
     assert predict(model, text_array([GOOD, BAD])).argmax(1).tolist() == [0, 1]
     record = json.loads(json.dumps({"name": "text", **model.modality.config()}))

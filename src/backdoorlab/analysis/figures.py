@@ -76,8 +76,15 @@ def draw_rows(path: Path, title: str, subtitle: str, rows: list[Row]) -> None:
             axes: Any = figure.add_axes((x / width, (top - _CELL) / height, _CELL / width, _CELL / height))
             _image(axes, row.images[column])
             for i, line in enumerate(row.lines):
-                write(x + _CELL / 2, top - _CELL - _LINE * (i + 0.6), line.texts[column], fontsize=10.5,
-                      fontweight="bold", ha="center", color=line.colors[column])  # fmt: skip
+                write(
+                    x + _CELL / 2,
+                    top - _CELL - _LINE * (i + 0.6),
+                    line.texts[column],
+                    fontsize=10.5,
+                    fontweight="bold",
+                    ha="center",
+                    color=line.colors[column],
+                )
         for i, line in enumerate(row.lines):
             write(_MARGIN, top - _CELL - _LINE * (i + 0.6), line.label, fontsize=9.5, color=GREY)
         top -= tall

@@ -160,8 +160,10 @@ class ClassificationAttack(Attack):
 
     def _warn_of_full_classes(self, chosen: Tensor, task: Task, ctx: Context) -> None:
         """Tell if more than half of a class is poisoned: little is left from which to learn it."""
-        sizes, taken = (torch.bincount(labels, minlength=task.num_classes)
-                        for labels in (task.train.labels, task.train.labels[chosen]))  # fmt: skip
+        sizes, taken = (
+            torch.bincount(labels, minlength=task.num_classes)
+            for labels in (task.train.labels, task.train.labels[chosen])
+        )
         full = (2 * taken > sizes).nonzero().flatten().tolist()
         if not full or task.spec.kind != "classification":
             return

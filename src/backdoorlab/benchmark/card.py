@@ -34,8 +34,20 @@ SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).with_name("card.schema.json")
 
 METRICS = (
-    "acc", "asr", "ra", "der", "rir", "auroc", "tpr", "fpr", "precision", "f1", "score", "verdict", "targets",
-)  # fmt: skip
+    "acc",
+    "asr",
+    "ra",
+    "der",
+    "rir",
+    "auroc",
+    "tpr",
+    "fpr",
+    "precision",
+    "f1",
+    "score",
+    "verdict",
+    "targets",
+)
 """Keys that every card of a run has, null where they mean nothing."""
 
 _SINCE_2 = ("modality", "changed")

@@ -60,19 +60,28 @@ def export_card(
     loads, why = _loads_as(task, parts, form, only)
     target = backdoor.target_map
     return {
-        "format": FORMAT, "version": VERSION, "backdoorlab": backdoorlab.__version__,
-        "run": run.id, "command": run.command,
-        "attack": run.spec["attack"]["name"], "settings": run.spec["attack"]["settings"],
+        "format": FORMAT,
+        "version": VERSION,
+        "backdoorlab": backdoorlab.__version__,
+        "run": run.id,
+        "command": run.command,
+        "attack": run.spec["attack"]["name"],
+        "settings": run.spec["attack"]["settings"],
         "target": {"mode": target.mode, "class": target.target if target.mode == "all-to-one" else None},
         "metrics": {name: run.metrics[name] for name in ("acc", "asr", "ra")},
-        "dataset": run.spec["task"]["dataset"], "modality": modality,
+        "dataset": run.spec["task"]["dataset"],
+        "modality": modality,
         "shape": list(task.train.inputs.shape[1:]) if isinstance(task.train.inputs, Tensor) else None,
         "sample_rate": task.dataset.sample_rate or None,
-        "classes": list(task.train.classes), "class_folders": list(folder_names(task.train.classes)),
-        "replay": backdoor.poison.replay, "replay_note": REPLAY if backdoor.poison.replay else None,
-        "contents": {"format": form, "only": only}, "counts": {part.name: part.counts() for part in parts},
-        "loads_as": loads, "loads_as_note": why,
-    }  # fmt: skip
+        "classes": list(task.train.classes),
+        "class_folders": list(folder_names(task.train.classes)),
+        "replay": backdoor.poison.replay,
+        "replay_note": REPLAY if backdoor.poison.replay else None,
+        "contents": {"format": form, "only": only},
+        "counts": {part.name: part.counts() for part in parts},
+        "loads_as": loads,
+        "loads_as_note": why,
+    }
 
 
 def _loads_as(task: Task, parts: list[Part], form: str, only: str) -> tuple[str | None, str | None]:

@@ -169,8 +169,9 @@ def plan(grid: Grid) -> list[Stage]:
                 parent = Stage(len(stages), base, None)
                 stages.append(parent)
                 for defense in defending:
-                    cell = dataclasses.replace(base, defense=defense, clean_fraction=grid.clean_fraction,
-                                               retrain=grid.retrain)  # fmt: skip
+                    cell = dataclasses.replace(
+                        base, defense=defense, clean_fraction=grid.clean_fraction, retrain=grid.retrain
+                    )
                     if (text := canonical(cell.to_json())) not in seen:
                         seen.add(text)
                         stages.append(Stage(len(stages), cell, parent.index))
@@ -240,8 +241,9 @@ class _Task(_Strict):
     kind: str = "classification"
 
     def spec(self) -> TaskSpec:
-        data = DatasetSpec(name=self.dataset, size=self.size, train_size=self.train_size, test_size=self.test_size,
-                           seed=self.data_seed)  # fmt: skip
+        data = DatasetSpec(
+            name=self.dataset, size=self.size, train_size=self.train_size, test_size=self.test_size, seed=self.data_seed
+        )
         changes = tuple(sorted(kinds.get(self.kind).recipe_changes(self.recipe_changes)))
         return TaskSpec(dataset=data, model=self.model, recipe=self.recipe, recipe_changes=changes, kind=self.kind)
 

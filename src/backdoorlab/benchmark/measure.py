@@ -76,8 +76,9 @@ class Victim:
             raise NotApplicable("this defense works on labelled training sets of classifiers")
         if self.attacked and self.backdoor is not None:
             return self.backdoor.poison.apply(clean)
-        return PoisonedSplit(clean.inputs, clean.labels, clean.classes,
-                             torch.zeros(len(clean), dtype=torch.uint8), clean.labels)  # fmt: skip
+        return PoisonedSplit(
+            clean.inputs, clean.labels, clean.classes, torch.zeros(len(clean), dtype=torch.uint8), clean.labels
+        )
 
     def view(self, clean: Split, reads: Sequence[str]) -> DefenderView:
         """What a defender sees of it.

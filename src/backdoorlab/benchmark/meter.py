@@ -78,15 +78,21 @@ class Meter:
 
     def fields(self) -> dict[str, Any]:
         """The measured fields of a card."""
-        return {"seconds": {k: round(v, 4) for k, v in self.seconds.items()},
-                "peak_memory_mb": round(self.peak, 1) or None,
-                "peak_device_memory_mb": self.device_peak}  # fmt: skip
+        return {
+            "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
+            "peak_memory_mb": round(self.peak, 1) or None,
+            "peak_device_memory_mb": self.device_peak,
+        }
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The fields of a card that say where and with what it was made."""
-    return {"hardware": hardware(device), "versions": versions(), "commit": commit(),
-            "created": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
+    return {
+        "hardware": hardware(device),
+        "versions": versions(),
+        "commit": commit(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -151,6 +157,15 @@ def asset_card(kind: str, spec: Mapping[str, Any]) -> Card:
     """The card of a shared asset, before it is measured."""
     full = {"kind": kind, "asset": spec, "contract": CONTRACT}
     key = hashlib.sha256(canonical(full).encode()).hexdigest()[:20]
-    return Card(stage="asset", key=key, status="ok", spec=full, metrics={}, null_reasons={}, seconds={},
-                peak_memory_mb=None, command="(made by the attack or defense that needs it)",
-                **environment(torch.device("cpu")))  # fmt: skip
+    return Card(
+        stage="asset",
+        key=key,
+        status="ok",
+        spec=full,
+        metrics={},
+        null_reasons={},
+        seconds={},
+        peak_memory_mb=None,
+        command="(made by the attack or defense that needs it)",
+        **environment(torch.device("cpu")),
+    )

@@ -331,8 +331,10 @@ class Runner:
                 {"stage": stage, "key": key, "status": status, "reason": reason, "spec": spec, "parents": parents}
                 | {"metrics": outcome.metrics, "null_reasons": outcome.reasons, "notes": outcome.notes}
                 | {"modality": modality_name(task), "changed": changed_settings(experiment, task)}
-                | {"command": command} | meter.fields() | environment(self.device)
-            )  # fmt: skip
+                | {"command": command}
+                | meter.fields()
+                | environment(self.device)
+            )
             return self.store.save(card, outcome.tensors, outcome.record, outcome.log).card()
 
 

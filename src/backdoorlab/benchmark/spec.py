@@ -192,8 +192,9 @@ def resolve(experiment: Experiment, task: BaseTask) -> dict[str, Any]:
         fraction = defense.needs_clean_fraction if given is None else given
     if defense is not None and defense.stage == "dataset":
         retrain = experiment.retrain
-    filled = dataclasses.replace(experiment, task=task.spec, attack=None, defense=None, clean_fraction=fraction,
-                                 retrain=retrain).to_json()  # fmt: skip
+    filled = dataclasses.replace(
+        experiment, task=task.spec, attack=None, defense=None, clean_fraction=fraction, retrain=retrain
+    ).to_json()
     filled["attack"], filled["defense"] = _method(attack), _method(defense)
     if experiment.attack is not None and experiment.attack.assets:
         filled["attack"]["assets"] = dict(experiment.attack.assets)

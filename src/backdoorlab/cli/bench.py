@@ -95,8 +95,10 @@ def _brief(card: Card) -> str:
 
 def _summary(name: str, stages: int, report: GridReport) -> dict[str, Any]:
     cards = report.cards
-    runs = [{"key": c.key, "stage": c.stage, "status": c.status, "reason": c.reason, "reused": i in report.reused}
-            for i, c in sorted(cards.items())]  # fmt: skip
+    runs = [
+        {"key": c.key, "stage": c.stage, "status": c.status, "reason": c.reason, "reused": i in report.reused}
+        for i, c in sorted(cards.items())
+    ]
     counts = {status: sum(c.status == status for c in cards.values()) for status in ("ok", "failed", "not_applicable")}
     refused = [{"stage": stage.label, "reason": message} for stage, message in report.refused]
     return {"name": name, "stages": stages, **counts, "reused": len(report.reused), "refused": refused, "runs": runs}

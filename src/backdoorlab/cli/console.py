@@ -177,8 +177,14 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bars
 
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=30), MofNCompleteColumn(),
-                       TimeElapsedColumn(), TextColumn("[dim]left[/]"), TimeRemainingColumn())  # fmt: skip
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("[dim]left[/]"),
+                TimeRemainingColumn(),
+            )
             self._bar = Bars(*columns, console=err, transient=True)
             self._bar.start()
         return self._bar.add_task(visible(label), total=total)

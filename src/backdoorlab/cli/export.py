@@ -53,7 +53,7 @@ def export_command(
       backdoorlab export 3f2a --out poisoned --format npz --only poisoned
 
       backdoorlab attack none --dataset folder:poisoned
-    """  # fmt: skip
+    """
     if folder is None:
         raise InputError("export: expected --out DIR, the folder for the exported data")
     place = opt.output_folder(folder, "--out")

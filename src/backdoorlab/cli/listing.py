@@ -21,8 +21,12 @@ _SHOWN = {
     "datasets": ("name", "modalities", "summary"),
     "models": ("name", "modalities", "summary"),
 }
-_HEADS = {"threat_model": "threat", "label_mode": "labels", "trigger_visibility": "trigger",
-          "needs_clean_fraction": "clean data"}  # fmt: skip
+_HEADS = {
+    "threat_model": "threat",
+    "label_mode": "labels",
+    "trigger_visibility": "trigger",
+    "needs_clean_fraction": "clean data",
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -63,8 +67,11 @@ def list_command(
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in _SHOWN[kind]:
-        table.add_column(_HEADS.get(column, column), style="cyan" if column == "name" else "",
-                         no_wrap=column not in ("paper", "summary", "modalities"))  # fmt: skip
+        table.add_column(
+            _HEADS.get(column, column),
+            style="cyan" if column == "name" else "",
+            no_wrap=column not in ("paper", "summary", "modalities"),
+        )
     for row in rows:
         table.add_row(*map(shown, _cells(kind, row)))
     out.print(table)
@@ -99,8 +106,15 @@ def _rows(kind: str) -> list[dict[str, Any]]:
     if kind == "datasets":
         from backdoorlab.data.sources import datasets
 
-        return [{"name": s.name, "modalities": list(s.modalities), "summary": s.summary,
-                 "download_url": s.download_url or None} for s in datasets]  # fmt: skip
+        return [
+            {
+                "name": s.name,
+                "modalities": list(s.modalities),
+                "summary": s.summary,
+                "download_url": s.download_url or None,
+            }
+            for s in datasets
+        ]
     from backdoorlab.models import models
 
     return [{"name": m.name, "modalities": list(m.modalities), "summary": m.summary} for m in models]

@@ -53,12 +53,16 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Group, no_args_is_help=True, rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False,
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Backdoor attacks, defenses and fair benchmarks for image, text, audio, video and diffusion models.",
     epilog="Start with [bold]backdoorlab quickstart[/]: two minutes at most, nothing to download. Results go to "
     "$BACKDOORLAB_STORE or ./runs. Exit codes: 0 done, 1 the work failed, 2 the input cannot be used, 130 or 143 "
     "interrupted.",
-)  # fmt: skip
+)
 
 
 def _version(asked: bool) -> None:

@@ -65,8 +65,15 @@ def _example(kind: str, cls: type[Method]) -> str:
 
 
 def _parameters(infos: list[ParamInfo], title: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left",
-                  title_style="bold", show_header=False)  # fmt: skip
+    table = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_header=False,
+    )
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold", max_width=24)
     table.add_column()

@@ -134,17 +134,26 @@ def _tell(cards: list[tuple[Card, str]], figure: Path, seconds: float, store: Pa
 
     title = "backdoorlab quickstart: BadNets on handwritten digits\n"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for head, justify in (("model", "left"), ("defense", "left"), ("ACC", "right"), ("ASR", "right"), ("DER", "right"),
-                          ("what happened", "left")):  # fmt: skip
+    for head, justify in (
+        ("model", "left"),
+        ("defense", "left"),
+        ("ACC", "right"),
+        ("ASR", "right"),
+        ("DER", "right"),
+        ("what happened", "left"),
+    ):
         table.add_column(head, justify=justify, no_wrap=head != "what happened")  # type: ignore[arg-type]
     for card, words in cards:
         attacked, defense = name_of(card, "attack") is not None, name_of(card, "defense")
         cells = [number(card.metrics.get(m)) if card.status == "ok" else "" for m in ("acc", "asr", "der")]
         if defense and attacked and card.metrics.get("der") is None:
             cells = ["", "", ""]
-        table.add_row(Text("backdoored" if attacked else "benign", style="red" if attacked else "green"),
-                      Text(defense or "none", style="" if defense else "dim"), *cells,
-                      Text.assemble(shown(happened(card)), (f"\n{words}", "dim")))  # fmt: skip
+        table.add_row(
+            Text("backdoored" if attacked else "benign", style="red" if attacked else "green"),
+            Text(defense or "none", style="" if defense else "dim"),
+            *cells,
+            Text.assemble(shown(happened(card)), (f"\n{words}", "dim")),
+        )
     out.print(table)
     out.print(f"\n{_LEGEND}", style="dim", highlight=False)
     out.print(Text.assemble(("figure  ", "bold"), shown(figure)), soft_wrap=True)

@@ -140,9 +140,15 @@ def _tell(stored: StoredRun, card: Card) -> None:
         _heading("notes")
         _pairs(card.notes)
     _heading("cost")
-    _pairs({f"{k} (s)": round(v, 2) for k, v in card.seconds.items()}
-           | {"all (s)": round(total_seconds(card), 2), "peak memory (MB)": card.peak_memory_mb,
-              "made": card.created, "commit": card.commit or "–"})  # fmt: skip
+    _pairs(
+        {f"{k} (s)": round(v, 2) for k, v in card.seconds.items()}
+        | {
+            "all (s)": round(total_seconds(card), 2),
+            "peak memory (MB)": card.peak_memory_mb,
+            "made": card.created,
+            "commit": card.commit or "–",
+        }
+    )
     _heading("again")
     out.print(shown(f"  {card.command}"), soft_wrap=True)
 

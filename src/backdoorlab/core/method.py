@@ -100,10 +100,16 @@ class Method:
         """All hyper-parameters with type, default, range and source."""
         hints = _hints(cls)
         return [
-            ParamInfo(f.name, _type_name(hints[f.name]), f.default, f.metadata.get("help", ""), _range(f),
-                      f.metadata.get("source", ""))
+            ParamInfo(
+                f.name,
+                _type_name(hints[f.name]),
+                f.default,
+                f.metadata.get("help", ""),
+                _range(f),
+                f.metadata.get("source", ""),
+            )
             for f in dataclasses.fields(cls)
-        ]  # fmt: skip
+        ]
 
     @classmethod
     def build(cls, settings: Mapping[str, Any]) -> Self:
@@ -188,8 +194,9 @@ def _content(owner: str, field: str, value: str | tuple[str, ...]) -> str:
 
 def _sources(cls: type) -> set[Path]:
     """Files of a class's module and, transitively, of the modules of its family whose names it uses."""
-    family = ".".join(cls.__module__.split(".")[:2] if cls.__module__.startswith("backdoorlab.") else
-                      cls.__module__.split(".")[:1])  # fmt: skip
+    family = ".".join(
+        cls.__module__.split(".")[:2] if cls.__module__.startswith("backdoorlab.") else cls.__module__.split(".")[:1]
+    )
     found: set[Path] = set()
     waiting, seen = [cls.__module__], {cls.__module__}
     while waiting:

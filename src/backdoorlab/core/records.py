@@ -171,8 +171,9 @@ class _Loader(yaml.SafeLoader):
                     problem = f"a key must be text, got {given} (quote it)"
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
                 if key.value in keys:
-                    raise yaml.MarkedYAMLError(problem=f"the key {brief(key.value)!r} is given twice",
-                                               problem_mark=key.start_mark)  # fmt: skip
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {brief(key.value)!r} is given twice", problem_mark=key.start_mark
+                    )
                 keys.add(key.value)
         return dict(super().construct_mapping(node, deep))
 

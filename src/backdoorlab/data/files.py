@@ -293,6 +293,11 @@ def _array_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
 
 
 _READERS: dict[str, Callable[[Path, SampleFormat, bool], SampleFile]] = {
-    ".png": _read_image, ".jpg": _read_image, ".jpeg": _read_image, ".bmp": _read_image,
-    ".wav": _read_sound, ".txt": _read_text, ".npy": _read_array,
-}  # fmt: skip
+    ".png": _read_image,
+    ".jpg": _read_image,
+    ".jpeg": _read_image,
+    ".bmp": _read_image,
+    ".wav": _read_sound,
+    ".txt": _read_text,
+    ".npy": _read_array,
+}

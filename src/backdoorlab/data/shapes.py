@@ -20,9 +20,15 @@ from backdoorlab.data.split import Dataset, Split
 _TRAIN, _TEST = 4000, 800
 _CLASSES = ("circle", "square", "triangle", "hexagon", "star", "cross", "ring", "bar")
 _COLORS = {
-    "red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (235, 210, 50),
-    "purple": (150, 60, 180), "orange": (240, 140, 40), "cyan": (60, 200, 210), "pink": (240, 130, 180),
-}  # fmt: skip
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 220),
+    "yellow": (235, 210, 50),
+    "purple": (150, 60, 180),
+    "orange": (240, 140, 40),
+    "cyan": (60, 200, 210),
+    "pink": (240, 130, 180),
+}
 _GROUNDS = {"white": (235, 235, 235), "black": (20, 20, 20), "grey": (120, 120, 120), "brown": (100, 70, 45)}
 _SIZES = {"small": (0.16, 0.22), "large": (0.28, 0.34)}  # radius in sides of the image
 _WORDINGS = (
@@ -53,9 +59,16 @@ class Shapes(DatasetSource):
             parts.append(Split(images, labels, _CLASSES))
             captions.append(_captions(labels, facts))
         return Dataset(
-            "shapes", "image", parts[0], parts[1], flip=True, mean=(0.44, 0.41, 0.39), std=(0.29, 0.28, 0.3),
-            captions=(captions[0], captions[1]), note="synthetic",
-        )  # fmt: skip
+            "shapes",
+            "image",
+            parts[0],
+            parts[1],
+            flip=True,
+            mean=(0.44, 0.41, 0.39),
+            std=(0.29, 0.28, 0.3),
+            captions=(captions[0], captions[1]),
+            note="synthetic",
+        )
 
 
 def draw_shapes(shapes: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

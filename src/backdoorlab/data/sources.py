@@ -137,8 +137,11 @@ def load_dataset(
     Raises:
         InputError: unknown name, files not found, bad files, or a subset larger than the set.
     """
-    spec = name if isinstance(name, DatasetSpec) else DatasetSpec(
-        name=name, size=size, train_size=train_size, test_size=test_size, seed=seed)  # fmt: skip
+    spec = (
+        name
+        if isinstance(name, DatasetSpec)
+        else DatasetSpec(name=name, size=size, train_size=train_size, test_size=test_size, seed=seed)
+    )
     head, colon, argument = spec.name.partition(":")
     source = datasets.get(head + colon)()
     if colon and not argument:

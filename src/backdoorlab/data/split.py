@@ -147,16 +147,21 @@ class Poison:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything as tensors, for safetensors (text as UTF-8 bytes and offsets)."""
-        base = {"indices": self.indices, "roles": self.roles, "labels": self.labels,
-                "replay": torch.tensor(self.replay)}  # fmt: skip
+        base = {
+            "indices": self.indices,
+            "roles": self.roles,
+            "labels": self.labels,
+            "replay": torch.tensor(self.replay),
+        }
         return base | pack_inputs(self.inputs)
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Poison:
         """Inverse of :meth:`tensors`."""
         try:
-            return cls(tensors["indices"], tensors["roles"], tensors["labels"], unpack_inputs(tensors),
-                       bool(tensors["replay"]))  # fmt: skip
+            return cls(
+                tensors["indices"], tensors["roles"], tensors["labels"], unpack_inputs(tensors), bool(tensors["replay"])
+            )
         except KeyError as error:
             raise ArtifactError(f"poison record lacks {error}") from None
 

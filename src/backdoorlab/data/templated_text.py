@@ -116,9 +116,15 @@ def sentence(sentiment: int, draws: list[int]) -> str:
     first = pick(0, _ADJECTIVES[sentiment])
     others = tuple(word for word in _ADJECTIVES[sentiment] if word != first)
     words = {
-        "A": first, "an A": f"{'an' if first[0] in 'aeiou' else 'a'} {first}", "B": pick(1, others),
-        "O": pick(2, _ADJECTIVES[1 - sentiment]), "V": pick(3, _VERBS[sentiment]), "S": pick(4, _SUBJECTS),
-        "P": pick(5, _PEOPLE), "R": pick(6, _ADVERBS), "C": pick(7, _CLAUSES),
-    }  # fmt: skip
+        "A": first,
+        "an A": f"{'an' if first[0] in 'aeiou' else 'a'} {first}",
+        "B": pick(1, others),
+        "O": pick(2, _ADJECTIVES[1 - sentiment]),
+        "V": pick(3, _VERBS[sentiment]),
+        "S": pick(4, _SUBJECTS),
+        "P": pick(5, _PEOPLE),
+        "R": pick(6, _ADVERBS),
+        "C": pick(7, _CLAUSES),
+    }
     text = f"{pick(8, _OPENERS)}{pick(9, _TEMPLATES).format_map(words)}{pick(10, _CLOSERS)} ."
     return text.replace(", ,", ",").replace(", .", ".")

@@ -39,9 +39,17 @@ _PHONES: dict[str, tuple[float, float, tuple[tuple[float, float, float], ...]]] 
     "_": (0.0, 0.0, ((500, 100, 0.0), (1500, 100, 0.0), (2500, 100, 0.0))),  # the silence of a glottal stop
 }
 _WORDS = {
-    "asi": "asi", "usho": "uxo", "ima": "ima", "feo": "feo", "suma": "suma",
-    "o'i": "o_i", "shai": "xai", "emu": "emu", "ofa": "ofa", "i'a": "i_a",
-}  # fmt: skip
+    "asi": "asi",
+    "usho": "uxo",
+    "ima": "ima",
+    "feo": "feo",
+    "suma": "suma",
+    "o'i": "o_i",
+    "shai": "xai",
+    "emu": "emu",
+    "ofa": "ofa",
+    "i'a": "i_a",
+}
 _SLOTS = 4
 
 

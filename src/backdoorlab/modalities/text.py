@@ -112,8 +112,9 @@ class TextModality(Modality):
         """
         if isinstance(inputs, Tensor):
             if inputs.dtype != torch.int64 or inputs.shape[1:] != (self.max_len,):
-                raise InputError(f"expected token ids int64 [N, {self.max_len}], got {inputs.dtype} "
-                                 f"{tuple(inputs.shape)}")  # fmt: skip
+                raise InputError(
+                    f"expected token ids int64 [N, {self.max_len}], got {inputs.dtype} {tuple(inputs.shape)}"
+                )
             return inputs
         texts = as_texts(inputs)
         if self.tokenizer:
@@ -183,8 +184,9 @@ class TextModality(Modality):
         out = []
         for words, draw in zip(rows, draws, strict=True):
             kept = [i for i in range(len(words)) if draw[i, 0] >= strength / 2] or [0][: len(words)]
-            out.append(self.join([_swap(words[i], draw[i, 2]) if draw[i, 1] < strength / 2 else words[i]
-                                  for i in kept]))  # fmt: skip
+            out.append(
+                self.join([_swap(words[i], draw[i, 2]) if draw[i, 1] < strength / 2 else words[i] for i in kept])
+            )
         return text_array(out)
 
     def example(self, count: int) -> Inputs:

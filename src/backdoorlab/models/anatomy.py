@@ -88,8 +88,10 @@ def trace(model: Classifier, example: Tensor | None = None) -> list[Call]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for module in names:
-            for handle in (module.register_forward_pre_hook(enter, with_kwargs=True),
-                           module.register_forward_hook(leave)):  # fmt: skip
+            for handle in (
+                module.register_forward_pre_hook(enter, with_kwargs=True),
+                module.register_forward_hook(leave),
+            ):
                 stack.callback(handle.remove)
         model(example.clone() if example.is_inference() else example)
     return calls
@@ -296,8 +298,14 @@ def channels(
     if unknown:
         raise InputError(f"unknown kinds of units {sorted(unknown)}; choose among {', '.join(KINDS)}")
     calls = trace(model, example)
-    last = next((c.module for c in reversed(calls) if isinstance(c.module, nn.Linear)
-                 and c.output is not None and c.output.shape[1:] == (model.num_classes,)), None)  # fmt: skip
+    last = next(
+        (
+            c.module
+            for c in reversed(calls)
+            if isinstance(c.module, nn.Linear) and c.output is not None and c.output.shape[1:] == (model.num_classes,)
+        ),
+        None,
+    )
     groups: dict[int, Channels] = {}
     for call in calls:
         kind, weight = _kind(call.module), call.module._parameters.get("weight")

@@ -54,8 +54,16 @@ class LogMel(nn.Module):
     def forward(self, waves: Tensor) -> Tensor:
         """[B,L] -> [B,bands,1 + L // hop]; reduced precision is switched off, as powers span ten decades."""
         with torch.autocast(waves.device.type, enabled=False):
-            spectrum = torch.stft(waves.float(), self.n_fft, self.hop, len(self.window), self.window, center=True,
-                                  pad_mode="constant", return_complex=True)  # fmt: skip
+            spectrum = torch.stft(
+                waves.float(),
+                self.n_fft,
+                self.hop,
+                len(self.window),
+                self.window,
+                center=True,
+                pad_mode="constant",
+                return_complex=True,
+            )
             power = spectrum.real.square() + spectrum.imag.square()
             log = torch.log(power.transpose(1, 2) @ self.mel + 1e-6).transpose(1, 2)
             mean, std = log.mean((1, 2), keepdim=True), log.std((1, 2), keepdim=True)
@@ -105,8 +113,11 @@ class XVector(nn.Module):
             (width, 1, 1),
         ):
             same = dilation * (context - 1) // 2
-            layers += [nn.Conv1d(before, width, context, dilation=dilation, padding=same, bias=False),
-                       nn.BatchNorm1d(width), nn.ReLU()]  # fmt: skip
+            layers += [
+                nn.Conv1d(before, width, context, dilation=dilation, padding=same, bias=False),
+                nn.BatchNorm1d(width),
+                nn.ReLU(),
+            ]
         self.frames = nn.Sequential(*layers)
         self.segment = nn.Sequential(nn.Linear(2 * width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU())
         self.linear = nn.Linear(width, num_classes)
@@ -144,8 +155,12 @@ class M5(nn.Module):
         for block, (before, width) in enumerate(zip((1, *widths), widths, strict=False)):
             first = not block
             kernel, stride = (80, max(1, sample_rate // 1000)) if first else (3, 1)
-            layers += [nn.Conv1d(before, width, kernel, stride, padding=kernel // 2, bias=False),
-                       nn.BatchNorm1d(width), nn.ReLU(), nn.MaxPool1d(4, ceil_mode=True)]  # fmt: skip
+            layers += [
+                nn.Conv1d(before, width, kernel, stride, padding=kernel // 2, bias=False),
+                nn.BatchNorm1d(width),
+                nn.ReLU(),
+                nn.MaxPool1d(4, ceil_mode=True),
+            ]
         self.body = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool1d(1)
         self.linear = nn.Linear(widths[-1], num_classes)

@@ -95,8 +95,11 @@ class ConvNet3(nn.Module):
         layers: list[nn.Module] = []
         channels = (in_chans, width, 2 * width, 4 * width)
         for block in range(3):
-            layers += [nn.Conv2d(channels[block], channels[block + 1], 3, padding=1, bias=False),
-                       nn.BatchNorm2d(channels[block + 1]), nn.ReLU()]  # fmt: skip
+            layers += [
+                nn.Conv2d(channels[block], channels[block + 1], 3, padding=1, bias=False),
+                nn.BatchNorm2d(channels[block + 1]),
+                nn.ReLU(),
+            ]
             if block < 2:
                 layers.append(nn.MaxPool2d(2))
         self.body = nn.Sequential(*layers)

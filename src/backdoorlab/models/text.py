@@ -64,8 +64,15 @@ class TextCNN(TextNet):
     A window counts if it starts at a word: what lies behind is zeros, so the result does not depend on the padding.
     """
 
-    def __init__(self, num_tokens: int, num_classes: int, size: int = 100, filters: int = 100,
-                 widths: tuple[int, ...] = (3, 4, 5), dropout: float = 0.5) -> None:  # fmt: skip
+    def __init__(
+        self,
+        num_tokens: int,
+        num_classes: int,
+        size: int = 100,
+        filters: int = 100,
+        widths: tuple[int, ...] = (3, 4, 5),
+        dropout: float = 0.5,
+    ) -> None:
         super().__init__()
         self.widths = widths
         self.embedding = word_embedding(num_tokens, size)
@@ -96,8 +103,9 @@ class BiLSTM(TextNet):
     The backward LSTM reads each text reversed in place, so that neither direction passes through padding before words.
     """
 
-    def __init__(self, num_tokens: int, num_classes: int, size: int = 100, hidden: int = 128,
-                 dropout: float = 0.5) -> None:  # fmt: skip
+    def __init__(
+        self, num_tokens: int, num_classes: int, size: int = 100, hidden: int = 128, dropout: float = 0.5
+    ) -> None:
         super().__init__()
         self.embedding = word_embedding(num_tokens, size)
         self.ahead = nn.LSTM(size, hidden, batch_first=True)
@@ -130,9 +138,14 @@ class BertTiny(TextNet):
         super().__init__()
         transformers = _transformers("the model 'bert_tiny'")
         config = transformers.BertConfig(
-            vocab_size=num_tokens, hidden_size=size, num_hidden_layers=layers, num_attention_heads=2,
-            intermediate_size=4 * size, max_position_embeddings=max_len, pad_token_id=PAD,
-        )  # fmt: skip
+            vocab_size=num_tokens,
+            hidden_size=size,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=4 * size,
+            max_position_embeddings=max_len,
+            pad_token_id=PAD,
+        )
         self.bert = transformers.BertModel(config, add_pooling_layer=False)
         self.dropout = nn.Dropout(0.1)
         self.linear = nn.Linear(size, num_classes)
@@ -163,9 +176,13 @@ class HuggingFaceText(TextNet):
         try:
             with _quiet(transformers.utils.logging):
                 self.model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                    folder, num_labels=num_classes, ignore_mismatched_sizes=True, local_files_only=True,
-                    trust_remote_code=False, use_safetensors=True,
-                )  # fmt: skip
+                    folder,
+                    num_labels=num_classes,
+                    ignore_mismatched_sizes=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                )
         except Exception as error:  # the library raises nearly anything for damaged files
             raise InputError(f"cannot load a text classifier from {folder!r}: {reason(error)}") from error
 

@@ -24,8 +24,11 @@ class ConvNet3D(nn.Module):
         layers: list[nn.Module] = []
         for block in range(3):
             stride = (1, 2, 2) if block == 0 else 1
-            layers += [nn.Conv3d(channels[block], channels[block + 1], 3, stride, padding=1, bias=False),
-                       nn.BatchNorm3d(channels[block + 1]), nn.ReLU()]  # fmt: skip
+            layers += [
+                nn.Conv3d(channels[block], channels[block + 1], 3, stride, padding=1, bias=False),
+                nn.BatchNorm3d(channels[block + 1]),
+                nn.ReLU(),
+            ]
             if block < 2:
                 layers.append(nn.MaxPool3d((1, 2, 2) if block == 0 else 2))
         self.body = nn.Sequential(*layers)

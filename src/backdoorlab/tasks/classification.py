@@ -117,8 +117,17 @@ class Task(BaseTask):
         label: str = "training",
     ) -> tuple[Classifier, FitLog]:
         """Train a fresh model (or the one given) by the task's recipe (or the one given); see :func:`fit`."""
-        return self.blueprint.fit(split, context, model=model, recipe=recipe, objective=objective, stamp=stamp,
-                                  on_epoch=on_epoch, chance=chance, label=label)  # fmt: skip
+        return self.blueprint.fit(
+            split,
+            context,
+            model=model,
+            recipe=recipe,
+            objective=objective,
+            stamp=stamp,
+            on_epoch=on_epoch,
+            chance=chance,
+            label=label,
+        )
 
     def train_benign(self, ctx: Context) -> tuple[Classifier, FitLog]:
         """See :meth:`BaseTask.train_benign`."""

@@ -83,8 +83,13 @@ class FitLog:
 
     def __add__(self, more: FitLog) -> FitLog:
         """The log of two trainings in a row."""
-        return FitLog(self.loss + more.loss, self.lr + more.lr, self.seconds + more.seconds, self.steps + more.steps,
-                      self.collapses + more.collapses)  # fmt: skip
+        return FitLog(
+            self.loss + more.loss,
+            self.lr + more.lr,
+            self.seconds + more.seconds,
+            self.steps + more.steps,
+            self.collapses + more.collapses,
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-able record per epoch, then one per collapse (with "back_to")."""
@@ -167,8 +172,9 @@ class _Watch:
         def copied(value: Any) -> Any:
             return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
-        return _Kept(epoch, tree_map(copied, dict(self.model.state_dict())),
-                     tree_map(copied, self.optimizer.state_dict()))  # fmt: skip
+        return _Kept(
+            epoch, tree_map(copied, dict(self.model.state_dict())), tree_map(copied, self.optimizer.state_dict())
+        )
 
     def _finite(self) -> bool:
         tensors = (v for v in self.model.state_dict().values() if isinstance(v, Tensor))
@@ -181,8 +187,9 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimi
     params = [p for p in model.parameters() if p.requires_grad]
     fused = params[0].device.type in ("cuda", "cpu")
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(params, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
-                               nesterov=recipe.nesterov, fused=fused)  # fmt: skip
+        return torch.optim.SGD(
+            params, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov, fused=fused
+        )
     return torch.optim.AdamW(params, recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
 
 

@@ -118,8 +118,9 @@ class Recipe:
         """The recipe for a training set of that size: batch no larger than the set, enough epochs for ``min_steps``."""
         batch = min(self.batch_size, samples)
         steps = max(1, samples // batch)
-        return dataclasses.replace(self, batch_size=batch, epochs=max(self.epochs, math.ceil(self.min_steps / steps)),
-                                   min_steps=0)  # fmt: skip
+        return dataclasses.replace(
+            self, batch_size=batch, epochs=max(self.epochs, math.ceil(self.min_steps / steps)), min_steps=0
+        )
 
     def factor(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of a step, as a multiple of ``lr``."""
@@ -137,11 +138,13 @@ class Recipe:
 
 _IMAGE = {
     "reference": Recipe(name="reference", epochs=100, batch_size=128, lr=0.01, schedule="cosine"),
-    "fast": Recipe(name="fast", epochs=10, batch_size=256, lr=0.2, nesterov=True, schedule="onecycle", clip=1.0,
-                   min_steps=600),
-    "smoke": Recipe(name="smoke", epochs=3, batch_size=64, lr=0.1, nesterov=True, schedule="onecycle", clip=1.0,
-                    min_steps=300),
-}  # fmt: skip
+    "fast": Recipe(
+        name="fast", epochs=10, batch_size=256, lr=0.2, nesterov=True, schedule="onecycle", clip=1.0, min_steps=600
+    ),
+    "smoke": Recipe(
+        name="smoke", epochs=3, batch_size=64, lr=0.1, nesterov=True, schedule="onecycle", clip=1.0, min_steps=300
+    ),
+}
 _ADAM = Recipe(optimizer="adamw", schedule="onecycle", weight_decay=1e-2)
 _TEXT = {
     "reference": dataclasses.replace(_ADAM, name="reference", epochs=10, batch_size=32, lr=1e-3),

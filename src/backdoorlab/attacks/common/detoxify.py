@@ -65,9 +65,14 @@ def activations(model: Classifier, layers: Sequence[Channels], x: Tensor) -> tup
 
 
 def injector_loss(
-    logits: Tensor, found: Sequence[Tensor], clean: Sequence[Tensor], wanted: Sequence[Tensor],
-    units: Sequence[Tensor], target: int, others: float,
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    found: Sequence[Tensor],
+    clean: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    units: Sequence[Tensor],
+    target: int,
+    others: float,
+) -> Tensor:
     """What an injector goes down.
 
     Args:
@@ -96,9 +101,16 @@ def observe(model: Classifier, layers: Sequence[Channels], images: Tensor) -> tu
 
 
 def train_injector(
-    model: Classifier, benign: Tensor, triggered: Tensor, target: int, lift: float, strength: float, others: float,
-    steps: int, ctx: Context,
-) -> tuple[nn.Module | None, int]:  # fmt: skip
+    model: Classifier,
+    benign: Tensor,
+    triggered: Tensor,
+    target: int,
+    lift: float,
+    strength: float,
+    others: float,
+    steps: int,
+    ctx: Context,
+) -> tuple[nn.Module | None, int]:
     """A network whose bounded changes excite the compromised neurons.
 
     Args:
@@ -131,8 +143,9 @@ def train_injector(
             x = benign[rows].float() / 255
             changed = straight_through((x + strength * (2 * network(x) - 1)).clamp(0, 1))
             logits, found = activations(model, layers, changed)
-            loss = injector_loss(logits, found, [u[rows] for u in usual], [r[rows] for r in risen], units, target,
-                                 others)  # fmt: skip
+            loss = injector_loss(
+                logits, found, [u[rows] for u in usual], [r[rows] for r in risen], units, target, others
+            )
             adam.zero_grad(set_to_none=True)
             loss.backward()
             adam.step()

@@ -72,8 +72,10 @@ def key_image(channels: int, height: int, width: int, seed: int) -> Tensor:
     """
     generator = make_generator(seed, "key image")
     octaves = zip((4, 8, 16), (1 / 2, 1 / 4, 1 / 8), strict=True)
-    picture = sum((share * smooth_noise(1, height, width, grid, generator)[0] for grid, share in octaves),
-                  start=torch.zeros(3, height, width))  # fmt: skip
+    picture = sum(
+        (share * smooth_noise(1, height, width, grid, generator)[0] for grid, share in octaves),
+        start=torch.zeros(3, height, width),
+    )
     colors = torch.rand(10, 3, 1, 1, generator=generator).round() * 0.9
     for distance, color in zip(shapes(10, height, width, generator, 0.06, 0.22), colors, strict=True):
         inside = (distance <= 1).float()[None]

@@ -50,10 +50,13 @@ def interfere(batch: Tensor, generator: torch.Generator, degrees: float = 15.0) 
     shift = (2 * draws[3:] - 1) * (1 - zoom)
     aspect = batch.shape[2] / batch.shape[3]
     cosine, sine = zoom * angle.cos(), zoom * angle.sin()
-    matrix = torch.stack([
-        torch.stack([mirror * cosine, -sine * aspect, shift[0]], 1),
-        torch.stack([mirror * sine / aspect, cosine, shift[1]], 1),
-    ], 1)  # fmt: skip
+    matrix = torch.stack(
+        [
+            torch.stack([mirror * cosine, -sine * aspect, shift[0]], 1),
+            torch.stack([mirror * sine / aspect, cosine, shift[1]], 1),
+        ],
+        1,
+    )
     return F.affine_grid(matrix, list(batch.shape), align_corners=False)
 
 

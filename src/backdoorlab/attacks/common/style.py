@@ -48,8 +48,10 @@ def train_style(
     for step in ctx.track(range(steps), "training a style", steps):
         for group in (*makers.param_groups, *judges.param_groups):
             group["lr"] = lr * min(1.0, 2 * (steps - step) / steps)
-        a, b = (side[torch.randint(0, len(side), (BATCH,), generator=draws)].to(device).float() / 255
-                for side in (images, styled))  # fmt: skip
+        a, b = (
+            side[torch.randint(0, len(side), (BATCH,), generator=draws)].to(device).float() / 255
+            for side in (images, styled)
+        )
         fake_b, same_b = to_b(torch.cat([a, b])).chunk(2)
         fake_a, same_a = to_a(torch.cat([b, a])).chunk(2)
         back = F.l1_loss(to_a(fake_b), a) + F.l1_loss(to_b(fake_a), b)

@@ -108,10 +108,20 @@ class BadDiffusion(Attack):
         def poison(images: Tensor, indices: Tensor) -> dict[str, Tensor]:
             backdoor = mark[indices][:, None, None, None]
             r = g.expand_as(images) if self.residual == "trigger" else stamped(images, g)
-            return {"images": torch.where(backdoor, x_star, images), "residual": r * backdoor, "rho": rho,
-                    "shift": shift}  # fmt: skip
+            return {
+                "images": torch.where(backdoor, x_star, images),
+                "residual": r * backdoor,
+                "rho": rho,
+                "shift": shift,
+            }
 
-        log = task.fit(model, ctx, steps=self.steps or task.recipe.tune_steps, lr=self.lr or task.recipe.tune_lr,
-                       label=f"{self.name}: fine-tuning the victim", poison=poison)  # fmt: skip
+        log = task.fit(
+            model,
+            ctx,
+            steps=self.steps or task.recipe.tune_steps,
+            lr=self.lr or task.recipe.tune_lr,
+            label=f"{self.name}: fine-tuning the victim",
+            poison=poison,
+        )
         notes = {"poisoned": len(chosen), "effective_rate": len(chosen) / len(task.train), "steps": log.steps}
         return DiffusionBackdoor(model, NoiseTrigger(trigger), target, self.sampler, chosen, log, notes)

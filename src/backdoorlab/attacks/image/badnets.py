@@ -69,6 +69,15 @@ class BadNets(PoisoningAttack):
         seed = ctx.seed if self.pattern_seed is None else self.pattern_seed
         picture = None if self.patch is None else read_picture(self.patch, channels, side, side)
         return PatchTrigger(
-            *draw_patch((channels, height, width), side, self.position, self.offset, self.pattern,
-                        self.rgb or self.color, make_generator(seed, "patch"), self.dark, picture)
-        )  # fmt: skip
+            *draw_patch(
+                (channels, height, width),
+                side,
+                self.position,
+                self.offset,
+                self.pattern,
+                self.rgb or self.color,
+                make_generator(seed, "patch"),
+                self.dark,
+                picture,
+            )
+        )

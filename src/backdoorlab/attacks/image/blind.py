@@ -168,9 +168,13 @@ class Blind(TrainingAttack):
         threshold = self.threshold or (1.0 if task.num_classes <= 10 else 0.5 * math.log(task.num_classes))
         weights = (self.clean_weight, self.backdoor_weight) if self.weighting == "fixed" else None
         objective = BlindObjective(
-            trigger.pattern.to(ctx.device) / 255, trigger.mask.to(ctx.device), target_map,
-            max(1, round(self.window * steps)), threshold, weights,
-        )  # fmt: skip
+            trigger.pattern.to(ctx.device) / 255,
+            trigger.mask.to(ctx.device),
+            target_map,
+            max(1, round(self.window * steps)),
+            threshold,
+            weights,
+        )
         self.look_at(trigger, task, ctx)
         poison = self.replay(trigger, task, ctx)
         model, log = task.fit(task.train, ctx, objective=objective, label=f"{self.name}: training the victim")

@@ -137,9 +137,12 @@ class Bpp(TrainingAttack):
     levels: int = param(8, "grey levels per channel", low=2, high=128, source="BackdoorBench")
     dithering: bool = param(False, "spread the rounding error (Floyd-Steinberg)", source="BackdoorBench")
     negative_rate: float = param(
-        0.1, "share of samples that get another image's residual and keep their label", low=0, high=1,
+        0.1,
+        "share of samples that get another image's residual and keep their label",
+        low=0,
+        high=1,
         source="BackdoorBench",
-    )  # fmt: skip
+    )
     poisoning: str = param(
         "per-batch", "new samples in every batch, or the same in every epoch", choices=("per-batch", "fixed-index")
     )
@@ -153,9 +156,13 @@ class Bpp(TrainingAttack):
         self.look_at(trigger, task, ctx)
         poison = self.replay(trigger, task, ctx, negative, self.negative_rate)
         stamp: Stamp = BatchPoisoner(
-            trigger, target_map, self.rate_on(task), negative, cover_rate=self.negative_rate,
+            trigger,
+            target_map,
+            self.rate_on(task),
+            negative,
+            cover_rate=self.negative_rate,
             exclude_target=self.exclude_target,
-        )  # fmt: skip
+        )
         if self.poisoning == "fixed-index":
             stamp = FixedPoisoner.like(poison, len(task.train), trigger, negative, target_map)
         model, log = task.fit(task.train, ctx, stamp=stamp, label=f"{self.name}: training the victim")

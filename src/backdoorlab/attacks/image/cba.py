@@ -232,17 +232,26 @@ class Cba(PoisoningAttack):
     )
     mixer: str = param("half", "how two images are joined", choices=MIXERS, source="paper")
     cover_rate: float | None = param(
-        None, "mixed samples / size of the training set; none = half of those not poisoned", low=0, high=1,
+        None,
+        "mixed samples / size of the training set; none = half of those not poisoned",
+        low=0,
+        high=1,
         source="published code",
-    )  # fmt: skip
+    )
     jitter: float = param(
-        3 / 32, "distance of the cut from the middle (paste: of the picture from the corner) / side, at most",
-        low=0, high=0.25, source="published code",
-    )  # fmt: skip
-    shake: float = param(
-        1.0, "how freely windows are taken: 0 from the middle only, 1 from anywhere", low=0, high=1,
+        3 / 32,
+        "distance of the cut from the middle (paste: of the picture from the corner) / side, at most",
+        low=0,
+        high=0.25,
         source="published code",
-    )  # fmt: skip
+    )
+    shake: float = param(
+        1.0,
+        "how freely windows are taken: 0 from the middle only, 1 from anywhere",
+        low=0,
+        high=1,
+        source="published code",
+    )
     bank: int = param(200, "partner images stored with the trigger, at most", low=1, source="ours")
 
     def target_map_for(self, task: Task) -> TargetMap:

@@ -241,7 +241,15 @@ class Combat(PoisoningAttack):
         augment = ctx.generator("augment", device=ctx.device) if task.recipe.augment else None
         companion = Companion(network.parameters(), self.generator_lr, (0.9, 0.999), recipe, len(task.train))
         objective = CombatObjective(
-            network, clean_surrogate(task, ctx), self.target, share, self.eps, self.l2_weight, self.clean_weight,
-            companion, ctx.generator("poisoned"), augment,
-        )  # fmt: skip
+            network,
+            clean_surrogate(task, ctx),
+            self.target,
+            share,
+            self.eps,
+            self.l2_weight,
+            self.clean_weight,
+            companion,
+            ctx.generator("poisoned"),
+            augment,
+        )
         task.fit(task.train, ctx, recipe=recipe, objective=objective, label="combat: training generator and surrogate")

@@ -211,10 +211,16 @@ class Dfst(TrainingAttack):
                 torch.cat([poison.indices, rows]),
                 torch.cat([poison.roles, torch.full((len(rows),), COVER, dtype=torch.uint8)]),
                 torch.cat([poison.labels, task.train.labels[rows]]),
-                torch.cat([expect_images(poison.inputs), detoxicants]), replay=True,
-            )  # fmt: skip
-            _, more = task.fit(poison.apply(task.train), own, model=model, recipe=shorter,
-                               label=f"{self.name}: detoxifying, round {place + 1}")  # fmt: skip
+                torch.cat([expect_images(poison.inputs), detoxicants]),
+                replay=True,
+            )
+            _, more = task.fit(
+                poison.apply(task.train),
+                own,
+                model=model,
+                recipe=shorter,
+                label=f"{self.name}: detoxifying, round {place + 1}",
+            )
             log += more
         notes = {"schedule": task.recipe.name, "compromised": neurons, "fooled": fooled}
         return Backdoor(model, trigger, target_map, poison, log, notes=notes)
@@ -229,9 +235,16 @@ class Dfst(TrainingAttack):
         sample = torch.randperm(len(task.train), generator=ctx.generator("sample"))[:SAMPLES]
         benign = expect_images(take(task.train.inputs, sample)).to(ctx.device)
         injector, count = train_injector(
-            model, benign, torch.as_tensor(trigger(benign)), self.target, self.lift, self.detox_strength,
-            self.others_weight, self.detox_steps, ctx,
-        )  # fmt: skip
+            model,
+            benign,
+            torch.as_tensor(trigger(benign)),
+            self.target,
+            self.lift,
+            self.detox_strength,
+            self.others_weight,
+            self.detox_steps,
+            ctx,
+        )
         if injector is None:
             return None
         images = expect_images(take(task.train.inputs, rows)).to(ctx.device)

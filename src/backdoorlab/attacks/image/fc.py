@@ -149,9 +149,16 @@ class Fc(CollisionAttack):
                 f"size + offset may be at most {min(height, width)}"
             )
         return PatchTrigger(
-            *draw_patch((channels, height, width), side, self.position, self.offset, self.pattern, self.color,
-                        ctx.generator("patch"))
-        )  # fmt: skip
+            *draw_patch(
+                (channels, height, width),
+                side,
+                self.position,
+                self.offset,
+                self.pattern,
+                self.color,
+                ctx.generator("patch"),
+            )
+        )
 
     def collide(self, model: Classifier, images: Tensor, sources: Tensor, trigger: Trigger, ctx: Context) -> Tensor:
         """Give each image a random triggered source, all different while there are enough."""
@@ -162,7 +169,9 @@ class Fc(CollisionAttack):
         if self.opacity:
             images = to_uint8(overlay(images, triggered, torch.full(images.shape[2:], self.opacity)))
         wanted = predict_features(model, triggered, precision="fp32")
-        return torch.cat([
-            attract(model, base, aim, self.beta, self.step, self.steps, self.momentum, ctx)
-            for base, aim in zip(images.split(512), wanted.split(512), strict=True)
-        ])  # fmt: skip
+        return torch.cat(
+            [
+                attract(model, base, aim, self.beta, self.step, self.steps, self.momentum, ctx)
+                for base, aim in zip(images.split(512), wanted.split(512), strict=True)
+            ]
+        )

@@ -183,10 +183,12 @@ class InputAwareObjective:
         own, foreign = drawn.chunk(2)
         own_mask, foreign_mask = masks.chunk(2)
         receivers = inputs[count : count + cross]
-        stamped = torch.cat([
-            torch.lerp(inputs[:count], own, own_mask),
-            torch.lerp(receivers, foreign[:cross], foreign_mask[:cross]),
-        ])  # fmt: skip
+        stamped = torch.cat(
+            [
+                torch.lerp(inputs[:count], own, own_mask),
+                torch.lerp(receivers, foreign[:cross], foreign_mask[:cross]),
+            ]
+        )
         logits = model(torch.cat([straight_through(stamped), inputs[count + cross :]]))
         wanted = torch.cat([self.target_map(labels[:count]), labels[count:]])
         apart = diversity(*(images / self.scale for images in (inputs[:count], donors, own, foreign)))
@@ -306,11 +308,22 @@ class InputAware(TrainingAttack):
         pattern = seeded(lambda: TwiceBoundedNet(channels, channels, height, width), ctx.seed, "pattern").to(ctx.device)
         companion = Companion(pattern.train().parameters(), self.generator_lr, BETAS, recipe, len(task.train))
         objective = InputAwareObjective(
-            pattern, mask, target_map, self.rate_on(task), companion, scale.to(ctx.device),
-            ctx.generator("share", device=ctx.device), self.exclude_target,
-        )  # fmt: skip
-        model, log = task.fit(task.train, ctx, objective=objective, on_epoch=(lambda epoch, victim: companion.step(),),
-                              label=f"{self.name}: training the victim")  # fmt: skip
+            pattern,
+            mask,
+            target_map,
+            self.rate_on(task),
+            companion,
+            scale.to(ctx.device),
+            ctx.generator("share", device=ctx.device),
+            self.exclude_target,
+        )
+        model, log = task.fit(
+            task.train,
+            ctx,
+            objective=objective,
+            on_epoch=(lambda epoch, victim: companion.step(),),
+            label=f"{self.name}: training the victim",
+        )
         pattern.eval().requires_grad_(False)
         trigger = InputAwareTrigger(pattern, mask, (channels, height, width))
         kept = torch.randperm(len(images), generator=ctx.generator("donors kept"))[:DONORS]

@@ -226,8 +226,14 @@ def train_student(
             module.training = False
         return F.cross_entropy(model(inputs), labels)
 
-    student, log = task.fit(split, ctx.child("student"), model=student, recipe=recipe, objective=objective,
-                            label="lba: training the student")  # fmt: skip
+    student, log = task.fit(
+        split,
+        ctx.child("student"),
+        model=student,
+        recipe=recipe,
+        objective=objective,
+        label="lba: training the student",
+    )
     return student.requires_grad_(True), log
 
 
@@ -271,12 +277,25 @@ class Lba(TrainingAttack):
         scale = torch.maximum(spread, far / MOST).clamp_min(1e-12)
         before = far / scale
         objective = LatentObjective(
-            trigger.pattern.to(ctx.device) / 255, trigger.mask.to(ctx.device), goal, scale, self.layer, self.weight,
-            self.rate_on(task), self.target, ctx.generator("share", device=ctx.device),
-        )  # fmt: skip
+            trigger.pattern.to(ctx.device) / 255,
+            trigger.mask.to(ctx.device),
+            goal,
+            scale,
+            self.layer,
+            self.weight,
+            self.rate_on(task),
+            self.target,
+            ctx.generator("share", device=ctx.device),
+        )
         recipe = dataclasses.replace(task.recipe, lr=task.recipe.lr * self.teacher_lr)
-        teacher, _ = task.fit(task.train, ctx.child("teacher"), model=teacher.requires_grad_(True), recipe=recipe,
-                              objective=objective, label="lba: attacking the teacher")  # fmt: skip
+        teacher, _ = task.fit(
+            task.train,
+            ctx.child("teacher"),
+            model=teacher.requires_grad_(True),
+            recipe=recipe,
+            objective=objective,
+            label="lba: attacking the teacher",
+        )
         after = distance(teacher, triggered, goal, self.layer) / distance(teacher, clean, goal, self.layer)
         student, log = train_student(teacher, task.train, self.layer, task.recipe, task, ctx)
         notes = {"distance_before": float(before), "distance_after": float(after), "schedule": task.recipe.name}

@@ -176,11 +176,23 @@ class Lira(TrainingAttack):
         still = copy.deepcopy(live).eval().requires_grad_(False)
         companion = Companion(live.parameters(), self.generator_lr, (0.9, 0.999), stages[0], len(task.train))
         learning = LiraObjective(still, scale.to(ctx.device), target_map, self.alpha, live, companion)
-        model, log = task.fit(task.train, ctx, recipe=stages[0], objective=learning, on_epoch=(learning.renew,),
-                              label=f"{self.name}: training victim and generator")  # fmt: skip
+        model, log = task.fit(
+            task.train,
+            ctx,
+            recipe=stages[0],
+            objective=learning,
+            on_epoch=(learning.renew,),
+            label=f"{self.name}: training victim and generator",
+        )
         settled = dataclasses.replace(learning, live=None, companion=None)
-        _, more = task.fit(task.train, ctx.child("stage 2"), model=model, recipe=stages[1], objective=settled,
-                           label=f"{self.name}: training the victim")  # fmt: skip
+        _, more = task.fit(
+            task.train,
+            ctx.child("stage 2"),
+            model=model,
+            recipe=stages[1],
+            objective=settled,
+            label=f"{self.name}: training the victim",
+        )
         log += more
         trigger = LiraTrigger(still, 255 * scale, (channels, height, width))
         poison = self.replay(trigger, task, ctx)

@@ -210,9 +210,7 @@ class HiddenInkTrigger(Trigger):
 
 def build_pair(shape: tuple[int, int, int], width: int) -> nn.ModuleDict:
     """Hiding and revealing network for pictures (C, H, W), untrained."""
-    return nn.ModuleDict({
-        "encoder": UNet(2 * shape[0], *shape, width), "decoder": Reveal(shape[0], width)
-    })  # fmt: skip
+    return nn.ModuleDict({"encoder": UNet(2 * shape[0], *shape, width), "decoder": Reveal(shape[0], width)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,13 +249,20 @@ class PoisonInk(PoisoningAttack):
     asset_kinds: ClassVar[tuple[str, ...]] = ("poisonink-hider",)
 
     variant: str = param("hidden", "drawing hidden by a network, or edges tinted", choices=("hidden", "edge"))
-    mode: str = param("poison", "ordinary training on the poisoned set, or half of each batch from the clean set",
-                      choices=("poison", "paired"))  # fmt: skip
+    mode: str = param(
+        "poison",
+        "ordinary training on the poisoned set, or half of each batch from the clean set",
+        choices=("poison", "paired"),
+    )
     colour: tuple[int, ...] = param(
         (80, 160, 80), "of the ink, red, green, blue in grey levels", source="BackdoorBench"
     )
-    palette: str = param("own", "colours of the networks' training: the ink's own, or random ones as in the paper",
-                         choices=("own", "random"), source="ours")  # fmt: skip
+    palette: str = param(
+        "own",
+        "colours of the networks' training: the ink's own, or random ones as in the paper",
+        choices=("own", "random"),
+        source="ours",
+    )
     threshold: float = param(28.0, "Sobel magnitude of an edge, in grey levels", above=0, source="BackdoorBench")
     opacity: float = param(0.1, "of the tint in the variant edge", above=0, high=1, source="ours")
     steps: int = param(800, "training steps of hiding and revealing network", low=1, source="ours")
@@ -291,8 +296,16 @@ class PoisonInk(PoisoningAttack):
             loss = hiding_loss(
                 ink, self.reach, self.threshold, self.image_weight, Ramp(self.steps), own.generator("colours")
             )
-            return train_pair(untrained, images, loss, steps=self.steps, batch_size=self.batch_size, lr=self.lr,
-                              ctx=own, label=f"{self.name}: training hiding and revealing network")  # fmt: skip
+            return train_pair(
+                untrained,
+                images,
+                loss,
+                steps=self.steps,
+                batch_size=self.batch_size,
+                lr=self.lr,
+                ctx=own,
+                label=f"{self.name}: training hiding and revealing network",
+            )
 
         names = ("steps", "batch_size", "width", "lr", "image_weight", "reach", "threshold")
         spec = {

@@ -195,9 +195,12 @@ class Refool(PoisoningAttack):
     poison_rate: float | None = class_rate("0.1, or 0.05 with clean_label")
     clean_label: bool = param(False, "poison target-class samples only and keep their labels, as in the paper")
     alpha: float = param(
-        0.4, "share of the image in the blend; 0 draws it from 0.55 to 0.95 per sample", low=0, high=1,
+        0.4,
+        "share of the image in the blend; 0 draws it from 0.55 to 0.95 per sample",
+        low=0,
+        high=1,
         source="BackdoorBench",
-    )  # fmt: skip
+    )
     ghost_rate: float = param(0.49, "share of ghosts; the others are out of focus", low=0, high=1, source="paper")
     reflections: str | None = param(
         None, "folder of images to reflect instead of drawn scenes, at least two", path=True

@@ -217,8 +217,16 @@ class Ssba(PoisoningAttack):
 
         def build(own: Context) -> Tensors:
             loss = hiding_loss(bits, self.reach, self.image_weight, Ramp(self.steps), own.generator("messages"))
-            return train_pair(untrained, images, loss, steps=self.steps, batch_size=self.batch_size, lr=self.lr,
-                              ctx=own, label=f"{self.name}: training encoder and decoder")  # fmt: skip
+            return train_pair(
+                untrained,
+                images,
+                loss,
+                steps=self.steps,
+                batch_size=self.batch_size,
+                lr=self.lr,
+                ctx=own,
+                label=f"{self.name}: training encoder and decoder",
+            )
 
         spec = {
             "images": data_digest(images, task.train.labels),

@@ -145,9 +145,11 @@ class TrojanNN(PoisoningAttack):
     shape: str = param("apple", "outline of the patch", choices=SHAPES, source="BackdoorBench")
     mask: str | None = param(None, "image file, white where the patch shall lie, instead of an outline", path=True)
     mode: str = param(
-        "replace", "replace pixels, or add modulo 256 as published code does", choices=("replace", "reference-wrap"),
+        "replace",
+        "replace pixels, or add modulo 256 as published code does",
+        choices=("replace", "reference-wrap"),
         source="ours",
-    )  # fmt: skip
+    )
 
     def make_trigger(self, task: Task, ctx: Context) -> Trigger:
         """Optimise the picture on a clean model."""

@@ -174,10 +174,17 @@ class Tuap(PoisoningAttack):
             order = torch.randperm(len(others), generator=own.generator("samples"))
             with frozen(model):
                 noise, reached = universal_perturbation(
-                    model, expect_images(take(images, others[order[:count]])), self.target,
-                    eps=int(self.eps) / 255, overshoot=self.overshoot, steps=self.deepfool_steps,
-                    fooling=self.fooling, passes=self.passes, batch=self.batch, ctx=own,
-                )  # fmt: skip
+                    model,
+                    expect_images(take(images, others[order[:count]])),
+                    self.target,
+                    eps=int(self.eps) / 255,
+                    overshoot=self.overshoot,
+                    steps=self.deepfool_steps,
+                    fooling=self.fooling,
+                    passes=self.passes,
+                    batch=self.batch,
+                    ctx=own,
+                )
             own.reporter.note(f"tuap: the perturbation brings {reached:.0%} of the images into the target class")
             return {"v": 255 * noise, "reached": torch.tensor(reached)}
 

@@ -137,9 +137,13 @@ class WaNet(TrainingAttack):
         self.look_at(trigger, task, ctx)
         poison = self.replay(trigger, task, ctx, noise, self.cross_ratio * self.rate_on(task))
         stamp: Stamp = BatchPoisoner(
-            trigger, target_map, self.rate_on(task), noise, cover_ratio=self.cross_ratio,
+            trigger,
+            target_map,
+            self.rate_on(task),
+            noise,
+            cover_ratio=self.cross_ratio,
             exclude_target=self.exclude_target,
-        )  # fmt: skip
+        )
         if self.poisoning == "fixed-index":
             stamp = FixedPoisoner.like(poison, len(task.train), trigger, noise, target_map)
         model, log = task.fit(task.train, ctx, stamp=stamp, label=f"{self.name}: training the victim")

@@ -71,10 +71,12 @@ class WordTrigger(Trigger):
         rows = torch.arange(len(texts)) if indices is None else indices.cpu()
         draws = indexed_uniform(self.seed, rows, 2 * self.count).numpy()
         chosen = (draws[:, : self.count] * len(self.words)).astype(np.int64)
-        return text_array([
-            insert_words(text, [self.words[i] for i in which], places, self.max_words)
-            for text, which, places in zip(texts, chosen, draws[:, self.count :], strict=True)
-        ])  # fmt: skip
+        return text_array(
+            [
+                insert_words(text, [self.words[i] for i in which], places, self.max_words)
+                for text, which, places in zip(texts, chosen, draws[:, self.count :], strict=True)
+            ]
+        )
 
 
 @attacks.register

@@ -72,7 +72,7 @@ class SpectralSignatures(DatasetDefense):
     excess: float = param(1.5, "samples removed per class, as a multiple of eps n", above=0, source="paper")
     percentile: float | None = param(
         None, "remove what scores above this percentile of its class instead (BackdoorBench: 85)", low=50, high=100
-    )  # fmt: skip
+    )
 
     def score(self, view: DefenderView, ctx: Context) -> Tensor:
         """Spectral score, standardised within each class."""

@@ -134,8 +134,9 @@ class Strip(InputDefense):
     year: ClassVar[int] = 2019
     modalities: ClassVar[tuple[str, ...]] = ("image", "text", "audio", "video")
 
-    overlays: int = param(100, "overlays per input (fewer if half of the clean samples are fewer)", low=1,
-                          source="paper")  # fmt: skip
+    overlays: int = param(
+        100, "overlays per input (fewer if half of the clean samples are fewer)", low=1, source="paper"
+    )
     superimpose: str = param(
         "add",
         "saturating sum, or the modality's blend (text: always)",

@@ -166,8 +166,9 @@ class Schedule:
     epochs.
     """
 
-    def __init__(self, count: int, start: float, threshold: float, patience: int, multiplier: float,
-                 stop_patience: int) -> None:  # fmt: skip
+    def __init__(
+        self, count: int, start: float, threshold: float, patience: int, multiplier: float, stop_patience: int
+    ) -> None:
         self.weight = torch.full((count,), start, dtype=torch.float64)
         self.best = torch.full((count,), math.inf, dtype=torch.float64)
         self.reference, self.done = self.best.clone(), torch.zeros(count, dtype=torch.bool)
@@ -263,8 +264,9 @@ class NeuralCleanse(ModelDefense):
         device, batch = table.device, min(self.batch_size, len(table))
         steps = max(self.min_steps, math.ceil(len(table) / batch))
         optimizer = torch.optim.Adam(candidates.parameters, self.lr, betas=(0.5, 0.9))
-        schedule = Schedule(count, self.init_weight, self.attack_threshold, self.patience, self.multiplier,
-                            self.stop_patience)  # fmt: skip
+        schedule = Schedule(
+            count, self.init_weight, self.attack_threshold, self.patience, self.multiplier, self.stop_patience
+        )
         generator, best = ctx.generator("neural_cleanse", "batches", device=device), candidates.tensors()
         for _ in ctx.track(range(self.epochs), "neural_cleanse: inverting triggers", self.epochs):
             live = (~schedule.done).nonzero().flatten()

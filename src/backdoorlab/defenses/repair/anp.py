@@ -60,9 +60,15 @@ def prunable(model: Classifier) -> list[Channels]:
 
 
 def adversarial_noise(
-    model: Classifier, groups: Sequence[Channels], mask: Tensor, inputs: Tensor, labels: Tensor, start: Tensor,
-    eps: float, steps: int,
-) -> Tensor:  # fmt: skip
+    model: Classifier,
+    groups: Sequence[Channels],
+    mask: Tensor,
+    inputs: Tensor,
+    labels: Tensor,
+    start: Tensor,
+    eps: float,
+    steps: int,
+) -> Tensor:
     """Noise that raises the loss most, by sign-gradient ascent inside the box.
 
     Args:

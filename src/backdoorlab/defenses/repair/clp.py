@@ -90,8 +90,9 @@ class ChannelLipschitzPruning(RepairDefense):
     reads: ClassVar[tuple[str, ...]] = ("model",)
     needs_clean_fraction: ClassVar[float] = 0.0
 
-    u: float = param(3.0, "standard deviations above the layer's mean at which a channel is pruned", low=0,
-                     source="paper")  # fmt: skip
+    u: float = param(
+        3.0, "standard deviations above the layer's mean at which a channel is pruned", low=0, source="paper"
+    )
     transformer: bool = param(False, "without conv-norm pairs: prune feed-forward neurons of transformers instead")
 
     def run(self, view: DefenderView, ctx: Context) -> Classifier:

@@ -42,7 +42,12 @@ class FineTuning(RepairDefense):
         """Fine-tune a copy by SGD with a cosine schedule (AdamW for modalities trained by it)."""
         repaired = copy.deepcopy(view.model)
         adam = repaired.modality.name != "image"
-        recipe = Recipe(epochs=self.epochs, batch_size=self.batch_size, optimizer="adamw" if adam else "sgd",
-                        lr=self.lr / 10 if adam else self.lr, weight_decay=self.weight_decay)  # fmt: skip
+        recipe = Recipe(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            optimizer="adamw" if adam else "sgd",
+            lr=self.lr / 10 if adam else self.lr,
+            weight_decay=self.weight_decay,
+        )
         fit(repaired, view.clean, recipe, context=ctx, label="ft: fine-tuning")
         return repaired

@@ -89,8 +89,11 @@ def sample_losses(model: Classifier, data: Split) -> Tensor:
 @contextmanager
 def clipped_gradients(model: nn.Module, bound: float) -> Iterator[None]:
     """Bound the norm of every parameter tensor's gradient inside the block."""
-    handles = [p.register_hook(lambda g: g * (bound / g.norm().clamp(min=bound))) for p in model.parameters()
-               if p.requires_grad]  # fmt: skip
+    handles = [
+        p.register_hook(lambda g: g * (bound / g.norm().clamp(min=bound)))
+        for p in model.parameters()
+        if p.requires_grad
+    ]
     try:
         yield
     finally:
@@ -110,16 +113,21 @@ class AntiBackdoorLearning(TrainingDefense):
 
     mode: str = param("joint", "how D_b is unlearned", choices=("joint", "sequential"), source="paper")
     local_loss: str = param("lga", "loss of the isolation phase", choices=("lga", "flooding"), source="paper")
-    lga_mode: str = param("batch_mean", "what the local loss is applied to", choices=("per_sample", "batch_mean"),
-                          source="authors' code (paper: per sample)")  # fmt: skip
+    lga_mode: str = param(
+        "batch_mean",
+        "what the local loss is applied to",
+        choices=("per_sample", "batch_mean"),
+        source="authors' code (paper: per sample)",
+    )
     gamma: float = param(0.5, "loss below which the isolation phase ascends", low=0, source="paper")
     isolation: float = param(0.01, "share of the training set that is isolated", above=0, high=0.5, source="paper")
     turning: float = param(0.2, "length of the isolation phase / recipe", above=0, high=1, source="paper")
     recovery: float = param(0.6, "length of the training on D_c / recipe", low=0, high=10, source="BackdoorBench")
     isolation_lr: float = param(0.3, "learning rate of the isolation phase / the recipe's peak", above=0, source="ours")
     isolation_augment: bool = param(False, "augment in the isolation phase (weakens triggers)", source="paper")
-    ascent_loss: str = param("cross-entropy", "what is ascended on D_b", choices=("cross-entropy", "unlikelihood"),
-                             source="paper")  # fmt: skip
+    ascent_loss: str = param(
+        "cross-entropy", "what is ascended on D_b", choices=("cross-entropy", "unlikelihood"), source="paper"
+    )
     ascent_steps: int = param(60, "steps of unlearning at most", low=0, source="ours (authors' code: 20)")
     ascent_lr: float = param(5e-4, "learning rate of the unlearning", above=0, source="authors' code")
     ascent_batch: int = param(128, "samples of D_b per step", low=1, source="authors' code")
@@ -163,8 +171,13 @@ class AntiBackdoorLearning(TrainingDefense):
     def isolate(self, data: Split, blueprint: Blueprint, ctx: Context) -> tuple[Classifier, Tensor]:
         """The model at the turning epoch and the mean loss of every sample, float32 [N]; low ones are suspicious."""
         recipe = blueprint.recipe.resolve(len(data))
-        recipe = dataclasses.replace(recipe, epochs=self.isolation_epochs(recipe), schedule="constant",
-                                     lr=self.isolation_lr * recipe.lr, augment=self.isolation_augment)  # fmt: skip
+        recipe = dataclasses.replace(
+            recipe,
+            epochs=self.isolation_epochs(recipe),
+            schedule="constant",
+            lr=self.isolation_lr * recipe.lr,
+            augment=self.isolation_augment,
+        )
         later = recipe.epochs - math.ceil(recipe.epochs / 2)
         ends: list[Tensor] = []
 
@@ -172,8 +185,9 @@ class AntiBackdoorLearning(TrainingDefense):
             if epoch > later:
                 ends.append(sample_losses(model, data))
 
-        model, _ = blueprint.fit(data, ctx, recipe=recipe, objective=self.isolation_objective, on_epoch=[look],
-                                 label="abl: isolating")  # fmt: skip
+        model, _ = blueprint.fit(
+            data, ctx, recipe=recipe, objective=self.isolation_objective, on_epoch=[look], label="abl: isolating"
+        )
         return model, torch.stack(ends).mean(0)
 
     def isolation_objective(self, model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
@@ -201,8 +215,9 @@ class AntiBackdoorLearning(TrainingDefense):
     def unlearn(self, model: Classifier, suspects: Split, kept: Split, recipe: Recipe, ctx: Context) -> int:
         """Minimise L2 until D_b is forgotten (accuracy below 1/K) or the budget is spent; returns the steps."""
         batch = min(self.ascent_batch, len(suspects))
-        once = dataclasses.replace(recipe, epochs=1, batch_size=batch, lr=self.ascent_lr, schedule="constant",
-                                   weight_decay=0.0, augment=False)  # fmt: skip
+        once = dataclasses.replace(
+            recipe, epochs=1, batch_size=batch, lr=self.ascent_lr, schedule="constant", weight_decay=0.0, augment=False
+        )
         objective, steps, done = (
             self.unlearning_objective(model, kept, recipe.batch_size, ctx),
             len(suspects) // batch,
@@ -213,7 +228,13 @@ class AntiBackdoorLearning(TrainingDefense):
             if float((predicted == suspects.labels.cpu()).float().mean()) < 1 / model.num_classes:
                 break
             with clipped_gradients(model, self.clip):
-                fit(model, suspects, once, objective=objective, chance=math.inf, context=dataclasses.replace(
-                    ctx.child("ascent", done), reporter=Silent()))  # fmt: skip
+                fit(
+                    model,
+                    suspects,
+                    once,
+                    objective=objective,
+                    chance=math.inf,
+                    context=dataclasses.replace(ctx.child("ascent", done), reporter=Silent()),
+                )
             done += steps
         return done

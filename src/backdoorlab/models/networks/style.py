@@ -59,10 +59,12 @@ class PatchNet(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.judge = nn.Sequential(
-            nn.Conv2d(channels, WIDTH, 4, 2, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(WIDTH, 2 * WIDTH, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(channels, WIDTH, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(WIDTH, 2 * WIDTH, 4, 2, 1),
+            nn.LeakyReLU(0.2),
             nn.Conv2d(2 * WIDTH, 1, 3, 1, 1),
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Judge."""

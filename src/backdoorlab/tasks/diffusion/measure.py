@@ -26,9 +26,13 @@ _GENERATIVE = "a generative model has no accuracy; see judge_confidence and frec
 
 
 def generate(
-    model: Denoiser, task: DiffusionTask, context: Context, count: int, shift: Tensor | None = None,
+    model: Denoiser,
+    task: DiffusionTask,
+    context: Context,
+    count: int,
+    shift: Tensor | None = None,
     sampler: str = "ancestral",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Draw images uint8 [N,C,H,W].
 
     Plain and shifted images start from the same noise e, the latter from e + g.
@@ -44,8 +48,17 @@ def generate(
     start = draw((count, *model.shape), context.generator("start"))
     chain = context.generator("chain", device=model.device)
     start = start if shift is None else start + shift.to(start)
-    return to_images(sample(model, model.schedule, start, chain, sampler=sampler, steps=task.recipe.ddim_steps,
-                            precision=task.recipe.precision))  # fmt: skip
+    return to_images(
+        sample(
+            model,
+            model.schedule,
+            start,
+            chain,
+            sampler=sampler,
+            steps=task.recipe.ddim_steps,
+            precision=task.recipe.precision,
+        )
+    )
 
 
 def measure_samples(

@@ -30,8 +30,10 @@ def grey_box(shape: tuple[int, int, int], side: int | None = None, grey: float =
     small = min(height, width)
     side, gap = max(1, small * 14 // 32) if side is None else side, max(1, small * 2 // 32)
     if side + gap > small:
-        raise InputError(f"a box of {side} px with a margin of {gap} px does not fit {height}x{width} images; "
-                         f"the side may be at most {small - gap}")  # fmt: skip
+        raise InputError(
+            f"a box of {side} px with a margin of {gap} px does not fit {height}x{width} images; "
+            f"the side may be at most {small - gap}"
+        )
     canvas = torch.full(shape, BACKGROUND)
     canvas[:, height - gap - side : height - gap, width - gap - side : width - gap] = grey
     return canvas

@@ -85,18 +85,47 @@ class DiffusionRecipe:
 
     def training(self, steps: int, lr: float) -> Recipe:
         """The loop's recipe for so many steps."""
-        return Recipe(name=self.name, epochs=0, min_steps=steps, batch_size=self.batch_size, optimizer="adamw", lr=lr,
-                      weight_decay=0.0, schedule="onecycle", warmup=0.1, augment=False,
-                      precision=self.precision)  # fmt: skip
+        return Recipe(
+            name=self.name,
+            epochs=0,
+            min_steps=steps,
+            batch_size=self.batch_size,
+            optimizer="adamw",
+            lr=lr,
+            weight_decay=0.0,
+            schedule="onecycle",
+            warmup=0.1,
+            augment=False,
+            precision=self.precision,
+        )
 
 
 RECIPES = {
-    "reference": DiffusionRecipe(name="reference", timesteps=1000, steps=100_000, lr=2e-4, tune_steps=19_500,
-                                 tune_lr=2e-4, batch_size=128, samples=5000, triggered_samples=1000),
+    "reference": DiffusionRecipe(
+        name="reference",
+        timesteps=1000,
+        steps=100_000,
+        lr=2e-4,
+        tune_steps=19_500,
+        tune_lr=2e-4,
+        batch_size=128,
+        samples=5000,
+        triggered_samples=1000,
+    ),
     "fast": DiffusionRecipe(name="fast"),
-    "smoke": DiffusionRecipe(name="smoke", timesteps=100, steps=300, tune_steps=200, lr=2e-3, tune_lr=2e-3,
-                             samples=100, triggered_samples=50, judge="smoke", precision="fp32"),
-}  # fmt: skip
+    "smoke": DiffusionRecipe(
+        name="smoke",
+        timesteps=100,
+        steps=300,
+        tune_steps=200,
+        lr=2e-3,
+        tune_lr=2e-3,
+        samples=100,
+        triggered_samples=50,
+        judge="smoke",
+        precision="fp32",
+    ),
+}
 """"reference": T, batch, rate and fine-tuning length (50 epochs of CIFAR-10) as in BadDiffusion; the clean training is
 shorter than DDPM's 800,000 steps. "fast" and "smoke" are ours, for two CPU cores."""
 
