@@ -160,7 +160,7 @@ IMAGE: list[tuple[str, dict[str, Any], Bounds]] = [
     ("badnets", {"poison_rate": 0.1}, {"asr": least(0.85)}),
     ("badnets_a2a", {"size": 4, "poison_rate": 0.3}, {"asr": least(0.75)}),
     ("blended", {"poison_rate": 0.05}, {"asr": least(0.9)}),
-    ("sig", {"poison_rate": 0.08, "delta_train": 60.0, "delta_test": 120.0}, {"asr": least(0.8)}),
+    ("sig", {"target": 1, "poison_rate": 0.08, "delta_train": 60.0, "delta_test": 90.0}, {"asr": least(0.8)}),
     ("wanet", {"poison_rate": 0.1, "s": 2.0}, {"asr": least(0.85), "cross_lost": most(0.2)}),
     ("ftrojan", {"poison_rate": 0.1, "magnitude": 60.0}, {"asr": least(0.9)}),
     ("ctrl", {"poison_rate": 0.08, "magnitude_train": 1200.0, "magnitude_test": 1600.0}, {"asr": least(0.7)}),
