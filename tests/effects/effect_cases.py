@@ -184,7 +184,7 @@ IMAGE: list[tuple[str, dict[str, Any], Bounds]] = [
     ("tuap", {"target": 1, "poison_rate": 0.09, "eps": 76.0}, {"asr": least(0.8)}),
     (
         "combat",
-        {"target": 1, "poison_rate": 0.09, "eps": 0.4, "generator_lr": 0.002, "epochs": 2.0},
+        {"target": 1, "poison_rate": 0.09, "eps": 0.4, "generator_lr": 0.002, "epochs": 2.0, "clean_weight": 3.0},
         {"asr": least(0.7)},
     ),
 ]
