@@ -83,7 +83,7 @@ if __name__ == "__main__":
     place = Path(folder)
     files = {
         "60000x60000.png": png(60_000, zlib.compress(b"\0" * 1000)),
-        "30000x30000.png": png(30_000, zeros(900 << 20)),
+        "30000x30000.png": png(30_000, zeros(64 << 20)),
         "9000x9000.png": png(9_000, zlib.compress(b"\0" * 1000)),
         "huge.bmp": bmp(2**31 - 1),
         "huge.jpg": jpg(65_500),

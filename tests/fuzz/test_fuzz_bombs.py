@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 from fuzz_tools import Reply, expect_result_or_one_line
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to limit a process's memory")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to limit a process's memory"),
+]
 
 
 def test_bombs(lab: Any, tmp_path: Path) -> None:
