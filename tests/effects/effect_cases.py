@@ -189,7 +189,7 @@ IMAGE: list[tuple[str, dict[str, Any], Bounds]] = [
     ("lira", {"poison_rate": 0.1, "strength": 0.1}, {"asr": least(0.9)}),
     ("fc", {"poison_rate": 0.09, "size": 8, "steps": 200}, {"asr": least(0.7)}),
     ("htba", {"poison_rate": 0.09, "size": 10, "eps": 48, "steps": 300}, {"asr": least(0.7)}),
-    ("tuap", {"target": 1, "poison_rate": 0.09, "eps": 76.0}, {"asr": least(0.6), "benign_asr": most(0.4)}),
+    ("tuap", {"target": 1, "poison_rate": 0.09, "eps": 76.0}, {"asr": least(0.6), "benign_asr": most(0.6)}),
     (
         "combat",
         {"target": 1, "poison_rate": 0.09, "eps": 0.4, "generator_lr": 0.002, "epochs": 2.0, "clean_weight": 3.0},
