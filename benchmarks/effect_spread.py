@@ -119,8 +119,8 @@ def report(rows: list[dict[str, Any]], only: str) -> None:
         mine = [row for row in rows if row["case"] == case.name]
         if not mine or not wanted(case.name, only):
             continue
-        for name in mine[0]["numbers"]:
-            values = sorted(row["numbers"][name] for row in mine)
+        for name in dict.fromkeys(name for row in mine for name in row["numbers"]):
+            values = sorted(row["numbers"][name] for row in mine if name in row["numbers"])
             line = f"{case.name:<36} {name:<16} {len(values):>3} {values[0]:>8.3f} {statistics.median(values):>8.3f}"
             line += f" {values[-1]:>8.3f}"
             if name in case.bounds:

@@ -139,6 +139,7 @@ def effect(backdoor: Backdoor, mine: Task, model: Classifier, ctx: Context) -> N
         "acc": metrics["acc"],
         "acc_lost": untouched["acc"] - metrics["acc"],
         "benign_asr": untouched["asr"],
+        "gain": metrics["asr"] - untouched["asr"],
     }
     if "cross_acc" in metrics:
         numbers["cross_lost"] = metrics["acc"] - metrics["cross_acc"]
@@ -193,7 +194,7 @@ IMAGE: list[tuple[str, dict[str, Any], Bounds]] = [
     (
         "combat",
         {"target": 1, "poison_rate": 0.09, "eps": 0.4, "generator_lr": 0.002, "epochs": 2.0, "clean_weight": 3.0},
-        {"asr": least(0.7)},
+        {"asr": least(0.4), "benign_asr": most(0.6), "gain": least(0.1)},
     ),
 ]
 """Settings that differ from the defaults are stronger triggers: on grey digits of 16 px, smooth and easily told apart,
