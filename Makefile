@@ -3,20 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-effects test-slow test-all lint format clean
+.PHONY: help quickstart test test-effects test-slow test-all lint docs format clean
 
 help:
 	@echo "make quickstart  plant, measure, detect and remove a backdoor on handwritten digits"
 	@echo "make test        contracts, oracles, errors and one effect per stage and modality (minutes)"
 	@echo "make test-effects the effect of every method; make test-slow faults and long runs; make test-all everything"
 	@echo "make lint        ruff, mypy and the import contracts; make format rewrites"
+	@echo "make docs        the documentation as a site, in site/index.html"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "backdoorlab needs Python >= 3.11; say which one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The stamp's name is the extra that is installed: core, test or dev.
+# The stamp's name is the extra that is installed: core, test, dev or docs.
 $(VENV)/.installed-core: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e .
@@ -48,9 +49,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache quickstart
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache quickstart site

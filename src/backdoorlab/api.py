@@ -60,7 +60,7 @@ def load_task(
     Raises:
         InputError: for an unknown name, missing data, or values out of range.
 
-    Example:
+    Examples:
         >>> import backdoorlab as bl
         >>> task = bl.load_task("digits", recipe="smoke")
         >>> len(task.train), len(task.test), task.num_classes
@@ -95,7 +95,7 @@ def attack(
     Raises:
         InputError: for an unknown attack or hyper-parameter, or values that do not fit the task.
 
-    Example:
+    Examples:
         >>> import backdoorlab as bl
         >>> task = bl.load_task("digits", recipe="smoke", recipe_changes={"min_steps": 0, "epochs": 1})
         >>> backdoor = bl.attack("badnets", task, poison_rate=0.05, device="cpu")
@@ -251,7 +251,7 @@ def list_attacks(pattern: str = "*", *, modality: str | None = None) -> list[str
         pattern: with * and ?, such as "*net*".
         modality: "image", "text", "audio", "video" or "diffusion"; None for all.
 
-    Example:
+    Examples:
         >>> import backdoorlab as bl
         >>> bl.list_attacks("badnets*", modality="image")
         ['badnets', 'badnets_a2a']
@@ -267,7 +267,7 @@ def list_defenses(pattern: str = "*", *, modality: str | None = None, stage: str
         modality: as for :func:`list_attacks`.
         stage: "dataset", "training", "repair", "input" or "model"; None for all.
 
-    Example:
+    Examples:
         >>> import backdoorlab as bl
         >>> "anp" in bl.list_defenses(stage="repair")
         True
@@ -279,7 +279,7 @@ def list_defenses(pattern: str = "*", *, modality: str | None = None, stage: str
 def list_datasets(pattern: str = "*", *, modality: str | None = None) -> list[str]:
     """Names of data sets; those ending in ":" take a path.
 
-    Example:
+    Examples:
         >>> import backdoorlab as bl
         >>> bl.list_datasets("cifar*")
         ['cifar10', 'cifar100']
@@ -290,7 +290,7 @@ def list_datasets(pattern: str = "*", *, modality: str | None = None) -> list[st
 def list_models(pattern: str = "*", *, modality: str | None = None) -> list[str]:
     """Names of our own architectures; for images any timm name works as well.
 
-    Example:
+    Examples:
         >>> import backdoorlab as bl
         >>> "preact_resnet18" in bl.list_models(modality="image")
         True

@@ -44,7 +44,7 @@ def show_method(kind: str, classes: list[type[Method]]) -> None:
     if len(classes) > 1 and shared:
         out.print(_parameters(shared, "Hyper-parameters for all modalities (--set KEY=VALUE)"))
         out.print()
-    out.print(Text.assemble(("Example: ", "bold"), _example(kind, classes[0])), soft_wrap=True)
+    out.print(Text.assemble(("Example: ", "bold"), example(kind, classes[0])), soft_wrap=True)
     out.print(Text(f"The command's own options: backdoorlab {_COMMANDS[kind]} --help", style="dim"))
 
 
@@ -52,14 +52,15 @@ _LABELS = {"asset_kinds": "assets (--asset KIND=FILE)"}
 _COMMANDS = {"attack": "attack", "defense": "defend"}
 
 
-def _example(kind: str, cls: type[Method]) -> str:
+def example(kind: str, cls: type[Method]) -> str:
+    """A command that uses the method."""
     from backdoorlab.attacks.base import Attack
 
     common = {p.name for p in Attack.parameters()}
     changed = next(
         (p for p in cls.parameters() if p.default is not None and p.name not in common | {"target_map"}), None
     )
-    change = f" --set {changed.name}={_plain(changed.default)}" if changed else ""
+    change = f" --set {changed.name}={plain(changed.default)}" if changed else ""
     what = f"--dataset {_dataset(cls.modalities)}" if kind == "attack" else "--run RUN"
     return f"backdoorlab {_COMMANDS[kind]} {cls.name} {what}{change}"
 
@@ -80,11 +81,11 @@ def _parameters(infos: list[ParamInfo], title: str) -> Table:
     for p in infos:
         allowed = ", ".join(filter(None, (p.type.replace(" (optional)", ""), p.range)))
         origin = "" if p.source in ("", "ours") else f"; default from {p.source}"
-        table.add_row(p.name, Text(_plain(p.default)), Text.assemble(p.help, (f"  [{allowed}{origin}]", "dim")))
+        table.add_row(p.name, Text(plain(p.default)), Text.assemble(p.help, (f"  [{allowed}{origin}]", "dim")))
     return table
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A default as one would write it after ``--set KEY=``."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
