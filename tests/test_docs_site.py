@@ -13,6 +13,7 @@ import pytest
 import backdoorlab as bl
 from backdoorlab.attacks import attacks
 from backdoorlab.core.method import Method
+from backdoorlab.core.seeding import isolated_rng
 from backdoorlab.defenses import defenses
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,7 @@ def test_the_page_about_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """All blocks in turn, as a reader would paste them; only trainings are made shorter."""
     monkeypatch.chdir(tmp_path)
     short = {
-        'recipe="smoke"': 'recipe="smoke", recipe_changes={"epochs": 2, "min_steps": 0}',
+        'recipe="smoke"': 'recipe="smoke", train_size=400, recipe_changes={"epochs": 2, "min_steps": 0}',
         "iterations=300": "iterations=2",
         "NeuralCleanse(epochs=20)": "NeuralCleanse(epochs=1, min_steps=1)",
         "STRIP()": "STRIP(overlays=2)",
@@ -93,7 +94,8 @@ def test_the_page_about_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert code.count(long) == 1, long
         code = code.replace(long, quick)
     names: dict[str, object] = {}
-    exec(code, names)
+    with isolated_rng(0):  # a reader's own network draws its weights from the global generator
+        exec(code, names)
     assert isinstance(names["screened"], type(names["backdoor"].evaluate()))  # type: ignore[attr-defined]
 
 
