@@ -83,7 +83,7 @@ def test_the_page_about_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """All blocks in turn, as a reader would paste them; only trainings are made shorter."""
     monkeypatch.chdir(tmp_path)
     short = {
-        'recipe="smoke"': 'recipe="smoke", train_size=400, recipe_changes={"epochs": 2, "min_steps": 0}',
+        'recipe="smoke"': 'recipe="smoke", recipe_changes={"epochs": 2, "min_steps": 0}',
         "iterations=300": "iterations=2",
         "NeuralCleanse(epochs=20)": "NeuralCleanse(epochs=1, min_steps=1)",
         "STRIP()": "STRIP(overlays=2)",
