@@ -25,7 +25,7 @@ API = {
         "attacks.result",
         "attacks.selection",
         "attacks.poisoning",
-        "attacks.trigger",
+        "attacks.triggers.base",
         "attacks.targets",
     ),
     "defenses": ("defenses.base", "defenses.view"),
