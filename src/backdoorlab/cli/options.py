@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from backdoorlab.core.canonical import MAX_SEED
-from backdoorlab.core.errors import InputError, unknown
+from backdoorlab.core.errors import InputError
 from backdoorlab.core.excerpt import brief
 from backdoorlab.core.paths import exists, is_file, is_folder, user_path
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 _LONGEST = 255
 """Bytes of one name in a path that file systems take."""
-
-DEVICES = ("auto", "cpu", "cuda")
 
 StoreOption = Annotated[
     str,
@@ -216,14 +214,6 @@ def device_of(given: str) -> torch.device:
     Raises:
         InputError: for an unknown one, or CUDA without a usable GPU.
     """
-    import torch
+    from backdoorlab.training import session
 
-    kind, _, index = given.partition(":")
-    if kind not in DEVICES or (index and (kind != "cuda" or not index.isdecimal())):
-        raise unknown("device", given, DEVICES)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "auto":
-        return torch.device("cuda" if count else "cpu")
-    if kind == "cuda" and int(index or 0) >= count:
-        raise InputError(f"--device {given}: this machine has {count or 'no'} usable CUDA devices; use cpu or auto")
-    return torch.device(given)
+    return session.device_of(given, "--device")
