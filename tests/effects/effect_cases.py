@@ -1,9 +1,9 @@
 """Every effect that is tested: what is measured for a seed, and within which bounds it must lie.
 
 The seed changes everything: the split of the data, weights, order of the samples, what is poisoned. The tests take
-seed 0; ``benchmarks/effect_spread.py`` draws the numbers of other seeds, instruction sets and numbers of threads. So far
-that was two to five seeds in bf16 and seed 0 in fp32 (AVX-512), on one machine and one thread; every bound holds for all
-of these. Settings of LBA, SSBA, SIG, Narcissus, COMBAT, ABL and FT were chosen on seeds from 100 on.
+seed 0; ``benchmarks/effect_spread.py`` draws the numbers of other seeds, instruction sets and numbers of threads. So
+far that was two to five seeds in bf16 and seed 0 in fp32 (AVX-512), on one machine and one thread; every bound holds
+for all of these. Settings of LBA, SSBA, SIG, Narcissus, ABL and FT were chosen on seeds from 100 on.
 """
 
 from __future__ import annotations
