@@ -47,7 +47,11 @@ def test_signals(
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(runner.Runner, "attack", stage)
-    reply = cli("attack", "badnets", "--store", tmp_path)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
+    try:
+        reply = cli("attack", "badnets", "--store", tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert reply.code == code
     assert reply.err == f"{word}; run the same command again to resume\n"
     assert cleaned, "what cleans up after Ctrl-C cleans up after SIGTERM too"
