@@ -9,6 +9,7 @@ variance 1 over time and bands (loudness carries no class).
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +131,12 @@ class XVector(nn.Module):
         return logits
 
 
+def _held_below_avx512() -> bool:
+    """Is oneDNN told to use less than AVX-512? Its LSTM of several layers cannot be made then; torch's own can."""
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "all"
+    return allowed.lower() in ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2")
+
+
 class AudioLSTM(nn.Module):
     """Two LSTM layers of 128 units over log-mel frames, mean over time, linear."""
 
@@ -141,7 +148,9 @@ class AudioLSTM(nn.Module):
 
     def forward(self, waves: Tensor) -> Tensor:
         """Waveforms [B,L] -> logits [B,K]."""
-        states, _ = self.lstm(self.front(waves).transpose(1, 2))
+        frames = self.front(waves).transpose(1, 2)
+        with torch.backends.mkldnn.flags(enabled=torch.backends.mkldnn.enabled and not _held_below_avx512()):
+            states, _ = self.lstm(frames)
         logits: Tensor = self.linear(states.mean(1))
         return logits
 
