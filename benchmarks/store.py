@@ -27,7 +27,7 @@ from backdoorlab.benchmark import Card, Grid, Runner, Store, plan
 from backdoorlab.benchmark.commands import attack_command, defense_command
 from backdoorlab.benchmark.measure import finish
 from backdoorlab.benchmark.meter import environment
-from backdoorlab.benchmark.spec import changed_settings, modality_name, resolve, stage_key
+from backdoorlab.benchmark.spec import changed_settings, resolve, stage_key
 
 ATTACKS = ("badnets", "blended", "sig", "wanet", "bpp", "ftrojan", "ctrl", "lf", "refool")
 DEFENSES = ("ft", "strip_dataset", "anp", "clp", "ac", "spectral", "strip", "neural_cleanse", "abl")
@@ -73,7 +73,7 @@ def fill(store: Store, grid: Grid) -> int:
         )
         card = Card.model_validate(
             {"stage": kind, "key": key, "status": "ok", "spec": spec, "parents": parents, "metrics": metrics}
-            | {"null_reasons": reasons, "modality": modality_name(task), "command": command}
+            | {"null_reasons": reasons, "modality": task.methods, "command": command}
             | {"changed": changed_settings(experiment, task), "seconds": {"attack": 1.5, "measure": 0.25}}
             | {"peak_memory_mb": 812.5, "notes": {"poisoned": 20, "cover": 0, "effective_rate": 0.1}}
             | place

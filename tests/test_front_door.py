@@ -72,6 +72,10 @@ def test_saved_and_loaded_it_is_the_same(backdoor: Backdoor, tmp_path: Path) -> 
     with pytest.raises(InputError, match="exists already"):
         backdoor.save(where)
     backdoor.save(where, force=True)
+    (where / "note.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists already"):
+        backdoor.save(where, force=True)
+    (where / "note.txt").unlink()
     weights = where / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ArtifactError, match="checksum"):

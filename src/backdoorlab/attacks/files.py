@@ -20,10 +20,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from backdoorlab.core.errors import ArtifactError, InputError
+from backdoorlab.core.paths import exists, is_file, read_bytes, user_path
+from backdoorlab.core.records import JSON_BYTES, parse_json
+from backdoorlab.core.tensors import tensor_bytes
 
 FORMAT = "backdoorlab.backdoor.1"
 
@@ -39,16 +41,16 @@ def write_folder(
         folder: made here; must not exist, or be an earlier one if ``force``.
         tensors: by file name without suffix.
         record: JSON-able.
-        force: replace an earlier folder of this format (never anything else).
+        force: replace an earlier folder of this format that holds nothing else.
 
     Raises:
         InputError: if the folder exists, or cannot be written; nothing is left behind.
     """
-    path = Path(folder).expanduser().absolute()
-    if path.exists() and not (force and _ours(path)):
-        hint = "; force=True replaces it" if _ours(path) else ""
+    path = user_path(folder).absolute()
+    if exists(path) and not (force and _replaceable(path)):
+        hint = "; force=True replaces it" if _replaceable(path) else ""
         raise InputError(f"{path} exists already; give the name of a folder that does not{hint}")
-    files = {f"{name}.safetensors": save_tensors(_plain(parts)) for name, parts in tensors.items()}
+    files = {f"{name}.safetensors": tensor_bytes(parts) for name, parts in tensors.items()}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     text = json.dumps({"format": FORMAT, "files": digests, **record}, indent=2, allow_nan=False, ensure_ascii=False)
     files["record.json"] = text.encode() + b"\n"
@@ -78,16 +80,14 @@ def read_folder(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[
     Raises:
         ArtifactError: if it is no such folder, or a file is missing or was changed.
     """
-    path = Path(folder).expanduser()
-    if not _ours(path):
-        raise ArtifactError(f"{path} is no saved backdoor; expected a folder with a record.json written by save()")
+    path = user_path(folder)
     record = _record(path)
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, digest in record.pop("files").items():
         where = path / name
         if not _NAME.fullmatch(name) or where.is_symlink() or not where.is_file():
             raise ArtifactError(f"{where}: missing or not a plain safetensors file, although the record lists it")
-        content = where.read_bytes()
+        content = read_bytes(where)
         if hashlib.sha256(content).hexdigest() != digest:
             raise ArtifactError(f"{where}: checksum mismatch; the file is truncated or was changed")
         try:
@@ -97,23 +97,21 @@ def read_folder(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[
     return tensors, record
 
 
-def _ours(path: Path) -> bool:
+def _replaceable(path: Path) -> bool:
+    """Is this a folder of ours in which nobody has put anything else?"""
     try:
-        return path.is_dir() and _record(path).get("format") == FORMAT
-    except ArtifactError:
+        listed = _record(path)["files"]
+    except InputError:
         return False
+    return {entry.name for entry in path.iterdir()} == {"record.json", *listed}
 
 
 def _record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((path / "record.json").read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path / 'record.json'} cannot be read: {error}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
-        raise ArtifactError(f"{path / 'record.json'}: not a record of a saved backdoor")
-    return record
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CPU copies that own their memory, as safetensors wants them."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    where = path / "record.json"
+    if not is_file(where):
+        raise ArtifactError(f"{path} is no saved backdoor; expected a folder with a record.json written by save()")
+    record = parse_json(read_bytes(where, JSON_BYTES), str(where))
+    ours = isinstance(record, dict) and record.get("format") == FORMAT and isinstance(record.get("files"), dict)
+    if not ours:
+        raise ArtifactError(f"{where}: not a record of a saved backdoor")
+    return dict(record)

@@ -22,6 +22,7 @@ import torch
 import backdoorlab
 from backdoorlab.benchmark.card import Card
 from backdoorlab.benchmark.spec import CONTRACT, canonical
+from backdoorlab.core.instructions import onednn_limit
 from backdoorlab.training.context import fast_bf16
 
 _PACKAGES = (
@@ -107,7 +108,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "onednn_max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or None,
+        "onednn_max_isa": onednn_limit(),
         "precision": "bf16" if fast_bf16(device) else "fp32",
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "device": device.type,

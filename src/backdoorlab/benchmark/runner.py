@@ -29,7 +29,6 @@ from backdoorlab.benchmark.spec import (
     build_attack,
     build_defense,
     changed_settings,
-    modality_name,
     resolve,
     stage_key,
 )
@@ -330,7 +329,7 @@ class Runner:
             card = Card.model_validate(
                 {"stage": stage, "key": key, "status": status, "reason": reason, "spec": spec, "parents": parents}
                 | {"metrics": outcome.metrics, "null_reasons": outcome.reasons, "notes": outcome.notes}
-                | {"modality": modality_name(task), "changed": changed_settings(experiment, task)}
+                | {"modality": task.methods, "changed": changed_settings(experiment, task)}
                 | {"command": command}
                 | meter.fields()
                 | environment(self.device)

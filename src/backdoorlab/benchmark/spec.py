@@ -147,11 +147,6 @@ def task_spec(record: Mapping[str, Any]) -> TaskSpec:
     return TaskSpec(dataset=DatasetSpec(**dataset), recipe_changes=changes, **rest)
 
 
-def modality_name(task: BaseTask) -> str:
-    """The name under which methods for a task are looked up."""
-    return task.methods
-
-
 def build_attack(experiment: Experiment, task: BaseTask) -> Attack | None:
     """The attack with all hyper-parameters set, or None.
 
@@ -161,7 +156,7 @@ def build_attack(experiment: Experiment, task: BaseTask) -> Attack | None:
     given = experiment.attack
     if given is None:
         return None
-    cls = attacks.get(given.name, modality_name(task))
+    cls = attacks.get(given.name, task.methods)
     attack = cls.build(given.settings)
     for kind in given.assets:
         if kind not in cls.asset_kinds:
@@ -177,7 +172,7 @@ def build_defense(experiment: Experiment, task: BaseTask) -> Defense | None:
     """The defense with all hyper-parameters set, or None."""
     if experiment.defense is None:
         return None
-    return defenses.get(experiment.defense.name, modality_name(task)).build(experiment.defense.settings)
+    return defenses.get(experiment.defense.name, task.methods).build(experiment.defense.settings)
 
 
 def resolve(experiment: Experiment, task: BaseTask) -> dict[str, Any]:

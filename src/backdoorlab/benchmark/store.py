@@ -34,6 +34,7 @@ from backdoorlab.benchmark.artifact import StoredRun, UnreadableRun, is_litter
 from backdoorlab.benchmark.card import Card
 from backdoorlab.core.errors import ArtifactError, InputError, nearest
 from backdoorlab.core.paths import is_file, printable, reason, user_path
+from backdoorlab.core.tensors import tensor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,7 +159,7 @@ class Store:
             StoreError: if it cannot be written; nothing is left behind.
         """
         run = self.run(stage or card.stage, card.key)
-        files = {f"{name}.safetensors": _save_tensors(t) for name, t in (tensors or {}).items()}
+        files = {f"{name}.safetensors": tensor_bytes(t) for name, t in (tensors or {}).items()}
         if record is not None:
             files["record.json"] = _json(record, indent=2)
         if log:
@@ -264,7 +265,7 @@ class Store:
             ) from None
         except OSError as error:
             raise InputError(f"asset {kind}: {given} cannot be read ({reason(error)})") from None
-        card = asset_card(f"own {kind}", {"sha256": hashlib.sha256(_save_tensors(tensors)).hexdigest()})
+        card = asset_card(f"own {kind}", {"sha256": hashlib.sha256(tensor_bytes(tensors)).hexdigest()})
         if self.has(stage, card.key):
             return card.key
         with self.lock(stage, card.key):
@@ -331,7 +332,7 @@ class OwnAssets:
         """
         if kind in self.own:
             return dict(self.own[kind])
-        marks = {k: hashlib.sha256(_save_tensors(t)).hexdigest()[:20] for k, t in sorted(self.own.items())}
+        marks = {k: hashlib.sha256(tensor_bytes(t)).hexdigest()[:20] for k, t in sorted(self.own.items())}
         return self.cache.get(kind, {**spec, "own files": marks} if marks else spec, build)
 
 
@@ -341,13 +342,6 @@ def _asset_stage(kind: str) -> str:
 
 def _own_stage(kind: str) -> str:
     return _asset_stage(f"own-{kind}")
-
-
-def _save_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """As a safetensors file; it wants CPU tensors that own their memory."""
-    from safetensors.torch import save
-
-    return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
 
 
 def _json(record: Any, indent: int | None = None) -> bytes:

@@ -9,12 +9,12 @@ variance 1 over time and bands (loudness carries no class).
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 from torch import Tensor, nn
 
 from backdoorlab.core.errors import InputError
+from backdoorlab.core.instructions import onednn_limit
 from backdoorlab.modalities.audio import AudioModality
 from backdoorlab.modalities.base import Modality
 from backdoorlab.models.classifier import ModelBuilder, models
@@ -133,8 +133,7 @@ class XVector(nn.Module):
 
 def _held_below_avx512() -> bool:
     """Is oneDNN told to use less than AVX-512? Its LSTM of several layers cannot be made then; torch's own can."""
-    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "all"
-    return allowed.lower() in ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2")
+    return (onednn_limit() or "all").lower() in ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2")
 
 
 class AudioLSTM(nn.Module):

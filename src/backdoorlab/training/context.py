@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from backdoorlab.core.instructions import onednn_limit
 from backdoorlab.core.seeding import derive_seed, make_generator
 
 T = TypeVar("T")
@@ -135,8 +135,7 @@ def fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        allowed = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "all"
-        if allowed.lower() in _WITHOUT_BF16 or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        if (onednn_limit() or "all").lower() in _WITHOUT_BF16 or torch.backends.cpu.get_cpu_capability() != "AVX512":
             return False
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False

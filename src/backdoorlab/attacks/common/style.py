@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backdoorlab.attacks.common.generators import seeded
-from backdoorlab.models.networks.style import BATCH, PatchNet, StyleNet
+from backdoorlab.models.networks.style import PatchNet, StyleNet
 from backdoorlab.training.context import Context
+
+BATCH = 8
 
 
 def train_style(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BATCH, WIDTH, BLOCKS = 8, 16, 2
+WIDTH, BLOCKS = 16, 2
 
 
 EDGE = 0.02
