@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 
 from backdoorlab.core.seeding import isolated_rng
-from backdoorlab.models.image import preact_resnet8, preact_resnet18
+from backdoorlab.models.image import (
+    PreActResNet,
+    preact_resnet8,
+    preact_resnet18,
+    preact_resnet18_w16,
+    preact_resnet18_w32,
+)
 
 
 def test_the_small_one_ends_in_a_norm_and_the_reference_does_not() -> None:
@@ -23,3 +32,18 @@ def test_the_small_one_ends_in_a_norm_and_the_reference_does_not() -> None:
     assert float(seen[0].min()) >= 0
     with isolated_rng(0):
         assert not [name for name in preact_resnet18().state_dict() if name.startswith("norm")]
+
+
+@pytest.mark.parametrize(("narrow", "channels"), [(preact_resnet18_w16, 16), (preact_resnet18_w32, 32)])
+def test_the_narrow_ones_are_the_reference_network_with_fewer_channels(
+    narrow: Callable[[], PreActResNet], channels: int
+) -> None:
+    """Layer by layer, apart from the norm before the pool."""
+    with isolated_rng(0):
+        weights, reference = narrow().state_dict(), preact_resnet18().state_dict()
+    assert {name for name in weights if not name.startswith("norm.")} == set(reference)
+    assert {name for name in weights if name.startswith("norm.")}
+    share = 64 // channels
+    for name, weight in reference.items():
+        ends = (3, 10) if name in ("conv1.weight", "linear.weight", "linear.bias") else ()
+        assert list(weights[name].shape[:2]) == [n if n in ends else n // share for n in weight.shape[:2]], name

@@ -87,6 +87,18 @@ def preact_resnet8(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
     return PreActResNet((1, 1, 1, 1), 16, last_norm=True, **_own(kwargs))
 
 
+@register_model
+def preact_resnet18_w16(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
+    """The reference network at a quarter of its width (16-128), with a BN-ReLU before the pool."""
+    return PreActResNet((2, 2, 2, 2), 16, last_norm=True, **_own(kwargs))
+
+
+@register_model
+def preact_resnet18_w32(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
+    """The reference network at half its width (32-256), with a BN-ReLU before the pool."""
+    return PreActResNet((2, 2, 2, 2), 32, last_norm=True, **_own(kwargs))
+
+
 class ConvNet3(nn.Module):
     """Three conv-BN-ReLU blocks (16, 32, 64 channels), 2x2 max pooling after the first two, average pool, linear."""
 
@@ -126,6 +138,30 @@ class BuildPreActResNet18(_Image):
     def build(self, modality: Modality, num_classes: int) -> nn.Module:
         """See :meth:`ModelBuilder.build`."""
         return preact_resnet18(num_classes=num_classes, in_chans=modality.channels)  # type: ignore[attr-defined]
+
+
+@models.register
+class BuildPreActResNet18W16(_Image):
+    """The reference network, four times narrower."""
+
+    name = "preact_resnet18_w16"
+    summary = "PreAct-ResNet18 of widths 16-128, 0.70 M parameters"
+
+    def build(self, modality: Modality, num_classes: int) -> nn.Module:
+        """See :meth:`ModelBuilder.build`."""
+        return preact_resnet18_w16(num_classes=num_classes, in_chans=modality.channels)  # type: ignore[attr-defined]
+
+
+@models.register
+class BuildPreActResNet18W32(_Image):
+    """The reference network, half as wide."""
+
+    name = "preact_resnet18_w32"
+    summary = "PreAct-ResNet18 of widths 32-256, 2.8 M parameters"
+
+    def build(self, modality: Modality, num_classes: int) -> nn.Module:
+        """See :meth:`ModelBuilder.build`."""
+        return preact_resnet18_w32(num_classes=num_classes, in_chans=modality.channels)  # type: ignore[attr-defined]
 
 
 @models.register
