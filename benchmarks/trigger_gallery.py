@@ -40,7 +40,7 @@ def latest(runner: Runner, dataset: str) -> dict[str, tuple[Task, Backdoor]]:
 
 def shown(found: dict[str, tuple[Task, Backdoor]], skip: int) -> Tensor:
     """Row of the test sample: the first (after ``skip``) whose trigger counts for every attack."""
-    counts = torch.stack([backdoor.target_map.tested(task.test.labels) for task, backdoor in found.values()]).all(0)
+    counts = torch.stack([backdoor.target_map.eligible(task.test.labels) for task, backdoor in found.values()]).all(0)
     return counts.nonzero().flatten()[skip : skip + 1]
 
 

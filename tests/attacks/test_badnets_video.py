@@ -80,7 +80,7 @@ def test_all_to_all_counts_every_sample(task: Task) -> None:
     attack = VideoBadNets(target_map="all-to-all", poison_rate=0.2)
     poison = attack.poison(attack.make_trigger(task, Context()), task, Context())
     assert torch.equal(poison.labels, (task.train.labels[poison.indices] + 1) % task.num_classes)
-    assert bool(attack.target_map_for(task).tested(task.test.labels).all())
+    assert bool(attack.target_map_for(task).eligible(task.test.labels).all())
 
 
 def test_poison_record_and_rebuilding(task: Task, backdoor: Backdoor) -> None:

@@ -82,8 +82,8 @@ def check(attack: Attack, task: Task, backdoor: Backdoor, count: int) -> None:
         assert stamped.shape == task.test.inputs.shape
         assert len(trigger(task.test.inputs[:0])) == 0
     metrics = backdoor.measure(task, Context())
-    tested = int(backdoor.target_map.tested(task.test.labels).sum())
-    assert (metrics["asr"] is None) == (tested == 0)
+    eligible = int(backdoor.target_map.eligible(task.test.labels).sum())
+    assert (metrics["asr"] is None) == (eligible == 0)
     assert metrics["asr"] is None or 0 <= metrics["asr"] + metrics["ra"] <= 1
 
 

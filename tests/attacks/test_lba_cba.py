@@ -204,13 +204,13 @@ def test_cover_rate_of_cba(levels_task: Task) -> None:
 def test_which_samples_count(levels_task: Task) -> None:
     labels = torch.arange(8) % 4
     every, one = (Cba.build(s).target_map_for(levels_task) for s in ({}, {"source_class": 2}))
-    assert every.tested(labels).tolist() == [False, False, True, True] * 2
-    assert one.tested(labels).tolist() == [False, False, True, False] * 2
+    assert every.eligible(labels).tolist() == [False, False, True, True] * 2
+    assert one.eligible(labels).tolist() == [False, False, True, False] * 2
     assert torch.equal(one(labels), torch.zeros(8, dtype=torch.int64))
     assert TargetMap(**json.loads(json.dumps(dataclasses.asdict(one)))) == one
     old = TargetMap(mode="all-to-one", target=0, num_classes=4)  # as records of earlier runs have it
-    assert old.tested(labels).tolist() == [False, True, True, True] * 2
-    assert TargetMap("all-to-all", 0, 4, (1,)).tested(labels).tolist() == [False, True, False, False] * 2
+    assert old.eligible(labels).tolist() == [False, True, True, True] * 2
+    assert TargetMap("all-to-all", 0, 4, (1,)).eligible(labels).tolist() == [False, True, False, False] * 2
 
 
 def test_backdoor_keeps_its_sources(levels_task: Task) -> None:

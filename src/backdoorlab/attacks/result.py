@@ -172,7 +172,7 @@ class Backdoor(Planted):
 
     def triggered_test(self, task: Task) -> tuple[Inputs, Tensor, Tensor]:
         """Triggered test samples with (attacker's labels, true labels); target-class samples are left out."""
-        chosen = self.target_map.tested(task.test.labels).nonzero().flatten()
+        chosen = self.target_map.eligible(task.test.labels).nonzero().flatten()
         true = task.test.labels[chosen]
         inputs = stamp_all(self.trigger, take(task.test.inputs, chosen), device=self.model.device)
         return inputs, self.target_map(true), true
@@ -213,7 +213,7 @@ class Backdoor(Planted):
         if task.modality.name != "image" or not isinstance(images, Tensor):
             return {}
         count = max(1, min(256, _COMPARED // images[0].numel()))
-        clean = images[self.target_map.tested(task.test.labels).nonzero().flatten()[:count]]
+        clean = images[self.target_map.eligible(task.test.labels).nonzero().flatten()[:count]]
         if not len(clean):
             return {}
         stamped = stamp_all(self.trigger, clean, device=self.model.device)

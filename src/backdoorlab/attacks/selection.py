@@ -185,7 +185,7 @@ class ClassificationAttack(Attack):
         A sample of the training set is triggered as at test time; half of it must change as
         :class:`~backdoorlab.metrics.visibility.Change` demands.
         """
-        rows = self.target_map_for(task).tested(task.train.labels).nonzero().flatten()
+        rows = self.target_map_for(task).eligible(task.train.labels).nonzero().flatten()
         rows = rows[torch.randperm(len(rows), generator=ctx.generator("look at the trigger"))[:_LOOKED_AT]]
         if not len(rows):
             return

@@ -34,7 +34,7 @@ class TargetMap:
             return (labels + 1) % self.num_classes
         return torch.full_like(labels, self.target)
 
-    def tested(self, labels: Tensor) -> Tensor:
-        """Bool [N]: samples whose triggered version counts for ASR (all-to-one: not those of the target class)."""
+    def eligible(self, labels: Tensor) -> Tensor:
+        """Samples whose triggered version counts for ASR, bool [N]; in "all-to-one" not those of the target class."""
         counts = torch.ones_like(labels, dtype=torch.bool) if self.mode == "all-to-all" else labels != self.target
         return counts & torch.isin(labels, labels.new_tensor(self.sources)) if self.sources else counts

@@ -133,9 +133,9 @@ def parts_of(task: Task, backdoor: Backdoor, only: str = "all") -> list[Part]:
         roles = torch.full((len(test),), CLEAN, dtype=torch.uint8)
         parts.append(Part("test", test.inputs, test.labels, test.labels, roles, torch.arange(len(test))))
     stamped, wanted, true = backdoor.triggered_test(task)
-    tested = backdoor.target_map.tested(test.labels).nonzero().flatten()
-    roles = torch.full((len(tested),), BACKDOOR, dtype=torch.uint8)
-    return [*parts, Part("test_triggered", stamped, wanted, true, roles, tested)]
+    eligible = backdoor.target_map.eligible(test.labels).nonzero().flatten()
+    roles = torch.full((len(eligible),), BACKDOOR, dtype=torch.uint8)
+    return [*parts, Part("test_triggered", stamped, wanted, true, roles, eligible)]
 
 
 def _write_folder(draft: Path, part: Part, folders: list[str], sample_rate: int, reporter: Reporter) -> None:

@@ -104,7 +104,7 @@ def _draw(runner: Any, stored: StoredRun, figure: Path, samples: int) -> dict[st
     if modality != "image":
         raise InputError(f"--figure draws image triggers; {stored.id} is an attack on {modality} data")
     task, backdoor = runner.load_backdoor(stored)
-    chosen = backdoor.target_map.tested(task.test.labels).nonzero().flatten()[:samples]
+    chosen = backdoor.target_map.eligible(task.test.labels).nonzero().flatten()[:samples]
     clean = task.test[chosen].inputs
     triggered = stamp_all(backdoor.trigger, clean)
     assert isinstance(clean, Tensor) and isinstance(triggered, Tensor)

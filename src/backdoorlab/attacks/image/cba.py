@@ -283,7 +283,7 @@ class Cba(PoisoningAttack):
 
     def candidates(self, labels: Tensor, target_map: TargetMap) -> Tensor:
         """Samples of the classes that can play A."""
-        return target_map.tested(labels).nonzero().flatten()
+        return target_map.eligible(labels).nonzero().flatten()
 
     def partners(self, task: Task, ctx: Context) -> tuple[Tensor, Tensor]:
         """Training rows of class B: those stored with the trigger, and those for poisoned samples."""
