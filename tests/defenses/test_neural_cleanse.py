@@ -14,14 +14,8 @@ from backdoorlab.core.errors import InputError, NotApplicable
 from backdoorlab.data.sources import balanced_subset
 from backdoorlab.data.split import Split
 from backdoorlab.defenses import DefenderView
-from backdoorlab.defenses.model.neural_cleanse import (
-    MaskedPatterns,
-    NeuralCleanse,
-    Schedule,
-    SoftPrompts,
-    anomaly_index,
-    verdict,
-)
+from backdoorlab.defenses.common.inversion import MaskedPatterns, Schedule, SoftPrompts, anomaly_index, verdict
+from backdoorlab.defenses.model.neural_cleanse import NeuralCleanse
 from backdoorlab.modalities.audio import AudioModality
 from backdoorlab.modalities.text import TextModality
 from backdoorlab.modalities.video import VideoModality
