@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "effects"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 ENVIRONMENTS: dict[str, dict[str, str]] = {
     "native": {},
@@ -75,15 +75,15 @@ def spawn(given: argparse.Namespace, environment: str, seed: int) -> bool:
 def draw(file: Path, environment: str, seed: int, only: str) -> None:
     """Measure what is missing of one seed in this process, which has its environment."""
     import torch
-    from effect_cases import CASES
 
     from backdoorlab.benchmark.meter import hardware
+    from effect_tools import all_cases
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     facts = hardware(torch.device("cpu"))
     place = {key: facts[key] for key in ("processor", "instructions", "onednn_max_isa", "precision", "threads")}
     known = {row["case"] for row in read(file) if (row["environment"], row["seed"]) == (environment, seed)}
-    for case in CASES:
+    for case in all_cases().values():
         if case.name in known or not wanted(case.name, only):
             continue
         started = time.process_time()
@@ -112,10 +112,10 @@ def propose(values: Iterable[float], sign: str) -> float:
 
 
 def report(rows: list[dict[str, Any]], only: str) -> None:
-    from effect_cases import CASES
+    from effect_tools import all_cases
 
     print(f"{'case':<36} {'number':<16} {'n':>3} {'low':>8} {'median':>8} {'high':>8}  {'bound':>9}  proposed")
-    for case in CASES:
+    for case in all_cases().values():
         mine = [row for row in rows if row["case"] == case.name]
         if not mine or not wanted(case.name, only):
             continue
