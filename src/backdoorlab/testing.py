@@ -111,8 +111,10 @@ def check_poison(attack: ClassificationAttack, task: Task, poison: Poison) -> No
         AssertionError: naming the promise that is broken.
     """
     backdoor, cover = poison.roles == BACKDOOR, poison.roles == COVER
-    wanted = round(attack.rate_on(task) * len(task.train))
-    assert int(backdoor.sum()) == wanted, f"{attack.name}: {int(backdoor.sum())} poisoned samples instead of {wanted}"
+    expected = round(attack.rate_on(task) * len(task.train))
+    assert int(backdoor.sum()) == expected, (
+        f"{attack.name}: {int(backdoor.sum())} poisoned samples instead of {expected}"
+    )
     assert bool((backdoor | cover).all()), f"{attack.name}: a touched sample is neither backdoor nor cover"
     assert len(set(poison.indices.tolist())) == len(poison) == len(poison.inputs), f"{attack.name}: a row occurs twice"
     true = task.train.labels[poison.indices]
@@ -210,7 +212,7 @@ def check_defense(defense: Defense, task: Task | None = None, *, seed: int = 0) 
     return outcome
 
 
-def _check_form(defense: Defense, outcome: Outcome, task: Task, given: Classifier) -> None:
+def _check_form(defense: Defense, outcome: Outcome, task: Task, original: Classifier) -> None:
     """Types, shapes and ranges of an outcome."""
     name, count = defense.name, len(task.train)
     match outcome:
@@ -225,7 +227,7 @@ def _check_form(defense: Defense, outcome: Outcome, task: Task, given: Classifie
             assert outcome.isolated is None or outcome.isolated.dtype == torch.bool, f"{name}: isolated bool or None"
             json.dumps(outcome.notes)
         case Repair(model):
-            assert model is not given and not model.training, f"{name}: a copy in evaluation mode is expected"
+            assert model is not original and not model.training, f"{name}: a copy in evaluation mode is expected"
             assert bool(torch.isfinite(predict(model, task.test.inputs)).all()), f"{name}: logits are not finite"
         case InputDetector():
             scores = outcome.score(task.test.inputs)

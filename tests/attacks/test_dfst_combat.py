@@ -33,7 +33,7 @@ from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import BACKDOOR, COVER, Dataset, Split
 from backdoorlab.modalities.base import modality_of
 from backdoorlab.models import build_model
-from backdoorlab.models.networks.style import REACH, PatchNet, StyleNet
+from backdoorlab.models.networks.style import MAX_SHIFT, PatchNet, StyleNet
 from backdoorlab.tasks import Task, TaskSpec
 from backdoorlab.training import Context, Recipe
 
@@ -226,7 +226,7 @@ def test_style_networks_start_at_the_identity_and_have_a_bounded_reach() -> None
     with torch.no_grad():
         network.out.weight.fill_(100.0)
     moved = torch.logit(network(x).double()) - torch.logit(x.double().clamp(0.02, 0.98))
-    assert moved.abs().max().item() == pytest.approx(REACH, abs=1e-3)
+    assert moved.abs().max().item() == pytest.approx(MAX_SHIFT, abs=1e-3)
     assert seeded(lambda: PatchNet(3), 0, "D")(x).shape == (4, 1, 7, 7)
 
 

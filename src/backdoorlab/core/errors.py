@@ -1,4 +1,4 @@
-"""Errors that users may see. Each says what was given, what was expected and the nearest valid choice."""
+"""Errors that users may see. Each names the value, what was expected and the nearest valid choice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class BackdoorLabError(Exception):
 
 
 class InputError(BackdoorLabError, ValueError):
-    """What the user gave cannot be used (exit code 2)."""
+    """The user's input cannot be used (exit code 2)."""
 
     exit_code = 2
 
@@ -39,16 +39,16 @@ class DataWarning(UserWarning):
     """Data that can be used, but perhaps not as meant; the command line prints it as one line."""
 
 
-def nearest(given: object, choices: Iterable[str]) -> str:
+def nearest(value: object, choices: Iterable[str]) -> str:
     """Return a short hint such as " Did you mean 'badnets'?" or an empty string."""
-    if not isinstance(given, str) or len(given) > 200:  # no misspelled name
+    if not isinstance(value, str) or len(value) > 200:  # no misspelled name
         return ""
-    close = difflib.get_close_matches(given.lower(), list(choices), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(value.lower(), list(choices), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def unknown(kind: str, given: object, choices: Iterable[str]) -> InputError:
+def unknown(kind: str, value: object, choices: Iterable[str]) -> InputError:
     """Build the error for a name that is not among the choices."""
     names = sorted(choices)
     choice = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
-    return InputError(f"unknown {kind} {shown(given)}.{nearest(given, names)} Choose one of: {choice}")
+    return InputError(f"unknown {kind} {shown(value)}.{nearest(value, names)} Choose one of: {choice}")

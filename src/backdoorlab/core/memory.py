@@ -20,12 +20,12 @@ def expect_memory(shape: Sequence[int], item: int, what: str) -> None:
     Raises:
         InputError: naming the shape and both sizes.
     """
-    need, have = math.prod(shape) * item, memory()
-    if need > have:
+    required, available = math.prod(shape) * item, memory()
+    if required > available:
         form = " x ".join(map(str, shape[1:]))
         raise InputError(
-            f"{what} ({shape[0]} of {form} values) would take {need / 2**30:,.0f} GiB, this machine has "
-            f"{have / 2**30:,.0f} GiB of memory; use a smaller size or fewer samples"
+            f"{what} ({shape[0]} of {form} values) would take {required / 2**30:,.0f} GiB, this machine has "
+            f"{available / 2**30:,.0f} GiB of memory; use a smaller size or fewer samples"
         )
 
 

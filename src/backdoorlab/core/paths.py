@@ -36,8 +36,8 @@ def is_file(path: Path) -> bool:
     Raises:
         InputError: if the system refuses to say.
     """
-    found = _status(path)
-    return found is not None and stat.S_ISREG(found.st_mode)
+    status = _status(path)
+    return status is not None and stat.S_ISREG(status.st_mode)
 
 
 def is_folder(path: Path) -> bool:
@@ -46,8 +46,8 @@ def is_folder(path: Path) -> bool:
     Raises:
         InputError: if the system refuses to say.
     """
-    found = _status(path)
-    return found is not None and stat.S_ISDIR(found.st_mode)
+    status = _status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def exists(path: Path) -> bool:
@@ -69,11 +69,11 @@ def entries(folder: Path) -> list[Path]:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))  # noqa: PTH208
     except (OSError, ValueError) as error:
         raise InputError(f"folder {printable(folder)} cannot be read: {reason(error)}") from None
-    found = [folder / name for name in names]
-    for path in found:
+    paths = [folder / name for name in names]
+    for path in paths:
         if not exists(path):
             raise InputError(f"{printable(path)} is a link that leads nowhere; remove it or mend it")
-    return sorted(found)
+    return sorted(paths)
 
 
 def files_below(folder: Path, hidden: bool = False) -> list[Path]:
@@ -87,29 +87,29 @@ def files_below(folder: Path, hidden: bool = False) -> list[Path]:
         InputError: for a folder that cannot be read, a link that leads nowhere or back to a folder above it, and for
             pipes, sockets and devices.
     """
-    found: list[Path] = []
+    files: list[Path] = []
 
-    def visit(place: Path, above: tuple[tuple[int, int], ...]) -> None:
-        here = _status(place)
-        mark = (here.st_dev, here.st_ino) if here is not None else (0, 0)
-        if mark in above:
-            raise InputError(f"{printable(place)} is a link back to a folder that holds it; remove it")
+    def visit(current: Path, above: tuple[tuple[int, int], ...]) -> None:
+        status = _status(current)
+        identity = (status.st_dev, status.st_ino) if status is not None else (0, 0)
+        if identity in above:
+            raise InputError(f"{printable(current)} is a link back to a folder that holds it; remove it")
         try:
-            names = os.listdir(place)  # noqa: PTH208
+            names = os.listdir(current)  # noqa: PTH208
         except OSError as error:
-            raise InputError(f"folder {printable(place)} cannot be read: {reason(error)}") from None
-        for path in (place / name for name in names if hidden or not name.startswith(".")):
+            raise InputError(f"folder {printable(current)} cannot be read: {reason(error)}") from None
+        for path in (current / name for name in names if hidden or not name.startswith(".")):
             if is_folder(path):
-                visit(path, (*above, mark))
+                visit(path, (*above, identity))
             elif is_file(path):
-                found.append(path)
+                files.append(path)
             elif exists(path):
                 raise InputError(f"{printable(path)} is neither a file nor a folder (a pipe, socket or device)")
             else:
                 raise InputError(f"{printable(path)} is a link that leads nowhere; remove it or mend it")
 
     visit(folder, ())
-    return sorted(found)
+    return sorted(files)
 
 
 def read_bytes(path: Path, most: int | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""What a source file does, as bytes for hashing: its syntax tree without what does not act.
+"""What a source file does, as bytes for hashing: its syntax tree without what has no effect.
 
 Left out are comments, layout, positions, docstrings and other strings that stand alone, and ``pass``. The text is made
 here and not by :func:`ast.dump`, whose output differs between versions of Python (fields that are empty, new fields).
@@ -71,13 +71,13 @@ def _is_text(node: Any) -> bool:
 
 def _joined(parts: list[Any]) -> list[Any]:
     """Parts of an f-string with neighbouring texts in one, however a version of Python cuts them."""
-    found: list[Any] = []
+    merged: list[Any] = []
     for part in parts:
         text = isinstance(part, ast.Constant) and isinstance(part.value, str)
         if text and not part.value:
             continue
-        if text and found and isinstance(found[-1], ast.Constant):
-            found[-1] = ast.Constant(found[-1].value + part.value)
+        if text and merged and isinstance(merged[-1], ast.Constant):
+            merged[-1] = ast.Constant(merged[-1].value + part.value)
         else:
-            found.append(part)
-    return found
+            merged.append(part)
+    return merged

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """As a safetensors file; it wants CPU tensors that own their memory."""
+    """As a safetensors file, which takes CPU tensors with memory of their own."""
     from safetensors.torch import save  # here, since commands that only read cards do without torch
 
     return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})

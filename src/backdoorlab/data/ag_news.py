@@ -78,11 +78,11 @@ def _joined(titles: list[str], bodies: list[str]) -> list[str]:
     return [f"{title} {body}" for title, body in zip(titles, bodies, strict=True)]
 
 
-def _dev(path: Path, tested: list[str]) -> tuple[list[str], list[int], int]:
+def _dev(path: Path, test_texts: list[str]) -> tuple[list[str], list[int], int]:
     """Texts and labels of dev.tsv without the items of the test set, and how many those were."""
     texts, labels = read_pairs(path, _DEV)
-    held = {_letters(text) for text in tested}
-    kept = [(text, label) for text, label in zip(texts, labels, strict=True) if _letters(text) not in held]
+    in_test = {_letters(text) for text in test_texts}
+    kept = [(text, label) for text, label in zip(texts, labels, strict=True) if _letters(text) not in in_test]
     return [text for text, _ in kept], [label for _, label in kept], len(texts) - len(kept)
 
 

@@ -85,14 +85,14 @@ def common_rate(paths: Sequence[Path]) -> tuple[int, list[int]]:
     """
     rate, lengths = 0, []
     for path in paths:
-        own, channels, frames = sound_form(path)
+        file_rate, channels, frames = sound_form(path)
         _expect_mono(path, channels)
-        if rate and own != rate:
+        if rate and file_rate != rate:
             raise InputError(
                 f"all clips must have one sampling rate, but {printable(paths[0])} has {rate} Hz and {printable(path)} "
-                f"{own} Hz; resample, for example: ffmpeg -i {printable(path.name)} -ar {rate} out.wav"
+                f"{file_rate} Hz; resample, for example: ffmpeg -i {printable(path.name)} -ar {rate} out.wav"
             )
-        rate = own
+        rate = file_rate
         lengths.append(frames)
     return rate, lengths
 

@@ -66,13 +66,13 @@ def write_files(base: Path, names: Sequence[str], samples: Tensor, sample_rate: 
     def write(start: int) -> Sequence[str]:
         rows = samples[start : start + _BLOCK].cpu()
         arrays = (rows if sample_rate else rows.permute(0, 2, 3, 1)).contiguous().numpy()
-        some = names[start : start + _BLOCK]
-        for name, array in zip(some, arrays, strict=True):
+        batch_names = names[start : start + _BLOCK]
+        for name, array in zip(batch_names, arrays, strict=True):
             if sample_rate:
                 _write_sound(base / name, array, sample_rate)
             else:
                 _write_image(base / name, array)
-        return some
+        return batch_names
 
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:

@@ -89,27 +89,27 @@ def find_samples(paths: Sequence[Path], modality: str) -> list[Path]:
         InputError: for a path that does not exist, a type that cannot be read, a folder that cannot be read or has no
             samples, or a link in it that leads nowhere.
     """
-    wanted, found = SUFFIXES[modality], []
+    suffixes, samples = SUFFIXES[modality], []
     for path in map(user_path, paths):
         if is_folder(path):
-            inside = [p for p in entries(path) if p.suffix.lower() in wanted and not is_folder(p)]
-            if not inside:
-                raise InputError(f"folder {printable(path)} holds no {modality} samples ({', '.join(wanted)})")
-            found += inside
+            listed = [p for p in entries(path) if p.suffix.lower() in suffixes and not is_folder(p)]
+            if not listed:
+                raise InputError(f"folder {printable(path)} holds no {modality} samples ({', '.join(suffixes)})")
+            samples += listed
             continue
         if not exists(path):
-            there = [p.name for p in entries(path.parent)] if is_folder(path.parent) else []
-            raise InputError(f"no such file: {printable(path)}.{nearest(path.name, there)}")
-        if path.suffix.lower() not in wanted:
+            siblings = [p.name for p in entries(path.parent)] if is_folder(path.parent) else []
+            raise InputError(f"no such file: {printable(path)}.{nearest(path.name, siblings)}")
+        if path.suffix.lower() not in suffixes:
             why = ""
             if modality == "text" and path.suffix.lower() in (".csv", ".tsv"):
                 why = " One txt file is one sample: write each text of a table to a file of its own."
             raise InputError(
                 f"{printable(path)}: cannot read {path.suffix or 'a file without suffix'} for a model of {modality} "
-                f"data; expected {', '.join(wanted)}.{why}"
+                f"data; expected {', '.join(suffixes)}.{why}"
             )
-        found.append(path)
-    return found
+        samples.append(path)
+    return samples
 
 
 def read_samples(path: Path, form: SampleFormat, *, fit: bool = False) -> SampleFile:
@@ -230,9 +230,9 @@ def _read_sound(path: Path, form: SampleFormat, fit: bool) -> SampleFile:
 
     rate, channels, length = sound_form(path)
     if channels != 1 or rate != form.sample_rate:
-        given = f"{channels} channel{'s' * (channels != 1)} at {rate} Hz"
+        actual = f"{channels} channel{'s' * (channels != 1)} at {rate} Hz"
         raise InputError(
-            f"{printable(path)}: has {given}, the model takes mono sound at {form.sample_rate} Hz; convert it first"
+            f"{printable(path)}: has {actual}, the model takes mono sound at {form.sample_rate} Hz; convert it first"
         )
     if length != form.shape[0] and not fit:
         raise InputError(
@@ -249,30 +249,30 @@ def _read_text(path: Path, form: SampleFormat, fit: bool) -> SampleFile:
     raw = read_bytes(path, MAX_TEXT).decode()
     if "\0" in raw:
         raise InputError(f"{printable(path)}: holds NUL characters, so it is no text in UTF-8")
-    mark = "\ufeff" if raw.startswith("\ufeff") else ""
-    text = raw[len(mark) :].rstrip("\r\n")
+    bom = "\ufeff" if raw.startswith("\ufeff") else ""
+    text = raw[len(bom) :].rstrip("\r\n")
     if not text.strip():
         raise InputError(f"{printable(path)}: the text is empty")
-    return SampleFile(path, text_array([text]), ending=raw[len(mark) + len(text) :], beginning=mark)
+    return SampleFile(path, text_array([text]), ending=raw[len(bom) + len(text) :], beginning=bom)
 
 
 def _read_array(path: Path, form: SampleFormat, fit: bool) -> SampleFile:
-    wanted = str(form.dtype).removeprefix("torch.")
+    dtype_name = str(form.dtype).removeprefix("torch.")
     with path.open("rb") as file:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the header's text makes Python remark
             shape, fortran, dtype = _array_header(file)
         batched = len(shape) == len(form.shape) + 1
-        if dtype.name != wanted or shape[batched:] != form.shape or 0 in shape:
-            expected = ", ".join(map(str, form.shape))
+        if dtype.name != dtype_name or shape[batched:] != form.shape or 0 in shape:
+            shape_text = ", ".join(map(str, form.shape))
             raise InputError(
                 f"{printable(path)}: is a {dtype} array of shape {list(shape)}; "
-                f"expected {wanted} of shape [{expected}] (one sample) or [N, {expected}]"
+                f"expected {dtype_name} of shape [{shape_text}] (one sample) or [N, {shape_text}]"
             )
-        room = os.fstat(file.fileno()).st_size - file.tell()
-        need = math.prod(shape) * dtype.itemsize
-        if room != need:
-            raise InputError(f"{printable(path)}: its header tells of {need:,} bytes of values, it has {room:,}")
+        stored = os.fstat(file.fileno()).st_size - file.tell()
+        declared = math.prod(shape) * dtype.itemsize
+        if stored != declared:
+            raise InputError(f"{printable(path)}: its header declares {declared:,} bytes of values, it has {stored:,}")
         array = np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran else "C")
     array = array.astype(dtype.newbyteorder("="), order="C")
     return SampleFile(path, torch.from_numpy(array if batched else array[None]), batched)

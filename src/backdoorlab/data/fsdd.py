@@ -40,11 +40,11 @@ class Fsdd(DatasetSource):
         _verify(paths, folder)
         rate, _ = common_rate(paths)
         clips = read_clips(paths, _LENGTH)
-        named = [path.stem.split("_") for path in paths]  # digit, speaker, index
-        labels = torch.tensor([int(digit) for digit, _, _ in named])
-        held = torch.tensor([int(index) < _TEST_RECORDINGS for _, _, index in named])
+        parts = [path.stem.split("_") for path in paths]  # digit, speaker, index
+        labels = torch.tensor([int(digit) for digit, _, _ in parts])
+        is_test = torch.tensor([int(index) < _TEST_RECORDINGS for _, _, index in parts])
         whole = Split(clips, labels, _CLASSES)
-        return Dataset("fsdd", "audio", whole[~held], whole[held], sample_rate=rate)
+        return Dataset("fsdd", "audio", whole[~is_test], whole[is_test], sample_rate=rate)
 
 
 def _verify(paths: list[Path], folder: Path) -> None:

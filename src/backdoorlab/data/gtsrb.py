@@ -83,14 +83,14 @@ class Gtsrb(DatasetSource):
         """See :meth:`DatasetSource.load`."""
         folder = find_or_fetch(roots, "gtsrb", self, _REMOTES, download)
         training = folder / "GTSRB" / "Training"
-        listed: list[tuple[Path, int]] = []
+        train_rows: list[tuple[Path, int]] = []
         for k in range(len(_SIGNS)):
-            mine = _annotation(training / f"{k:05d}" / f"GT-{k:05d}.csv", training / f"{k:05d}")
-            if not mine or {label for _, label in mine} != {k}:
+            class_rows = _annotation(training / f"{k:05d}" / f"GT-{k:05d}.csv", training / f"{k:05d}")
+            if not class_rows or {label for _, label in class_rows} != {k}:
                 raise InputError(f"{training / f'{k:05d}'}: its annotation must list images of class {k} and no other")
-            listed += mine
-        tested = _annotation(folder / "GT-final_test.csv", folder / "GTSRB" / "Final_Test" / "Images")
-        train, test = (_split(rows, spec.size or 32) for rows in (listed, tested))
+            train_rows += class_rows
+        test_rows = _annotation(folder / "GT-final_test.csv", folder / "GTSRB" / "Final_Test" / "Images")
+        train, test = (_split(rows, spec.size or 32) for rows in (train_rows, test_rows))
         note = ""
         if (len(train), len(test)) < _OFFICIAL:
             note = (

@@ -44,19 +44,19 @@ class HuggingFace(DatasetSource):
         folder = user_path(argument)
         try:
             if is_folder(folder):
-                found: Any = hub.load_from_disk(str(folder))
+                splits: Any = hub.load_from_disk(str(folder))
             elif download:
-                found = hub.load_dataset(argument, cache_dir=str(roots[-1] / "huggingface"), trust_remote_code=False)
+                splits = hub.load_dataset(argument, cache_dir=str(roots[-1] / "huggingface"), trust_remote_code=False)
             else:
                 raise InputError(
                     f"dataset {spec.name!r}: there is no folder {printable(folder.absolute())}; to fetch {argument!r} "
                     "from the Hugging Face hub pass --download"
                 )
-            names = list(found) if hasattr(found, "keys") else []
-            held = next((name for name in ("test", "validation") if name in names), None)
-            if "train" not in names or held is None:
+            names = list(splits) if hasattr(splits, "keys") else []
+            test_name = next((name for name in ("test", "validation") if name in names), None)
+            if "train" not in names or test_name is None:
                 raise InputError(f"{spec.name}: needs the splits 'train' and 'test' or 'validation', found {names}")
-            return _convert(spec, (found["train"], found[held]), hub)
+            return _convert(spec, (splits["train"], splits[test_name]), hub)
         except InputError:
             raise
         except Exception as error:  # the library raises many kinds for bad names, networks, files and columns

@@ -55,9 +55,9 @@ class Shapes(DatasetSource):
             generator = make_generator(spec.seed, "shapes", part)
             labels = torch.randperm(count, generator=generator) % len(_CLASSES)
             expect_memory((count, 3, spec.size or 32, spec.size or 32), 16, "the shapes")  # drawn in floats
-            images, facts = draw_shapes(labels, spec.size or 32, generator)
+            images, choices = draw_shapes(labels, spec.size or 32, generator)
             parts.append(Split(images, labels, _CLASSES))
-            captions.append(_captions(labels, facts))
+            captions.append(_captions(labels, choices))
         return Dataset(
             "shapes",
             "image",
@@ -84,9 +84,9 @@ def draw_shapes(shapes: Tensor, size: int, generator: torch.Generator) -> tuple[
     """
     count = len(shapes)
     options = (_COLORS, _GROUNDS, _SIZES, _WORDINGS)
-    facts = torch.stack([torch.randint(len(o), (count,), generator=generator) for o in options], 1)
+    choices = torch.stack([torch.randint(len(o), (count,), generator=generator) for o in options], 1)
     uniform = torch.rand(count, 4, generator=generator)
-    low, high = torch.tensor(list(_SIZES.values()))[facts[:, 2]].T
+    low, high = torch.tensor(list(_SIZES.values()))[choices[:, 2]].T
     radius = low + (high - low) * uniform[:, 0]
     # Anywhere as long as a circle of that radius is inside.
     centre = radius[:, None] + (1 - 2 * radius[:, None]) * uniform[:, 1:3]
@@ -98,15 +98,15 @@ def draw_shapes(shapes: Tensor, size: int, generator: torch.Generator) -> tuple[
     x, y = cos * x + sin * y, cos * y - sin * x  # in units of the radius, y down
     inside = torch.empty(count, size, size)
     for k, name in enumerate(_CLASSES):
-        mine = shapes == k
-        distance = _distance(name, x[mine], y[mine])
-        inside[mine] = (0.5 - distance * radius[mine, None, None] * size).clamp(0, 1)
-    ink = torch.tensor(list(_COLORS.values())).float()[facts[:, 0], :, None, None]
-    ground = torch.tensor(list(_GROUNDS.values())).float()[facts[:, 1], :, None, None]
+        of_shape = shapes == k
+        distance = _distance(name, x[of_shape], y[of_shape])
+        inside[of_shape] = (0.5 - distance * radius[of_shape, None, None] * size).clamp(0, 1)
+    ink = torch.tensor(list(_COLORS.values())).float()[choices[:, 0], :, None, None]
+    ground = torch.tensor(list(_GROUNDS.values())).float()[choices[:, 1], :, None, None]
     light = 0.85 + 0.15 * torch.rand(count, 1, 1, 1, generator=generator)
     images = torch.lerp(ground, ink, inside[:, None]) * light
     images += 4 * torch.randn(images.shape, generator=generator)
-    return images.clamp_(0, 255).round_().to(torch.uint8), facts
+    return images.clamp_(0, 255).round_().to(torch.uint8), choices
 
 
 def _distance(name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -145,9 +145,9 @@ def _polygon(x: Tensor, y: Tensor, corners: int) -> Tensor:
     return torch.stack(edges).amax(0) - math.cos(math.pi / corners)
 
 
-def _captions(shapes: Tensor, facts: Tensor) -> tuple[str, ...]:
+def _captions(shapes: Tensor, choices: Tensor) -> tuple[str, ...]:
     colors, grounds, sizes = list(_COLORS), list(_GROUNDS), list(_SIZES)
     return tuple(
         _WORDINGS[w].format(color=colors[c], ground=grounds[g], size=sizes[s], shape=_CLASSES[k])
-        for k, (c, g, s, w) in zip(shapes.tolist(), facts.tolist(), strict=True)
+        for k, (c, g, s, w) in zip(shapes.tolist(), choices.tolist(), strict=True)
     )

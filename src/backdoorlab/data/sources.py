@@ -229,5 +229,5 @@ def holdout(
     order = torch.randperm(len(labels), generator=make_generator(seed, "holdout"))
     rank = torch.empty_like(labels)
     rank[order] = ranks_within_class(labels[order], len(classes))
-    held = rank < (counts * share).round().clamp(min=1).to(torch.int64)[labels]
-    return (~held).nonzero().flatten(), held.nonzero().flatten()
+    is_test = rank < (counts * share).round().clamp(min=1).to(torch.int64)[labels]
+    return (~is_test).nonzero().flatten(), is_test.nonzero().flatten()

@@ -245,6 +245,6 @@ def clean_indices(labels: Tensor, num_classes: int, fraction: float, seed: int) 
     order = torch.randperm(len(labels), generator=make_generator(seed, "clean samples"))
     shuffled, rank = labels[order], torch.zeros(len(labels), dtype=torch.int64)
     for k in range(num_classes):
-        mine = shuffled == k
-        rank[mine] = torch.arange(int(mine.sum()))
+        of_class = shuffled == k
+        rank[of_class] = torch.arange(int(of_class.sum()))
     return order[torch.argsort(rank, stable=True)[:count]].sort().values

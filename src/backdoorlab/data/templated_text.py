@@ -87,13 +87,13 @@ class TemplatedText(DatasetSource):
         """See :meth:`DatasetSource.load`."""
         generator = make_generator(spec.seed, "templated_text")
         total = _TRAIN + _TEST
-        made: dict[str, int] = {}
-        while len(made) < total:
+        sentences: dict[str, int] = {}
+        while len(sentences) < total:
             for draws in torch.randint(0, 2**31, (total, 11), generator=generator).tolist():
-                if len(made) < total:
-                    sentiment = len(made) % 2  # alternate, so that both parts are balanced
-                    made.setdefault(sentence(sentiment, draws), sentiment)
-        texts, sentiments = text_array(list(made)), torch.tensor(list(made.values()))
+                if len(sentences) < total:
+                    sentiment = len(sentences) % 2  # alternate, so that both parts are balanced
+                    sentences.setdefault(sentence(sentiment, draws), sentiment)
+        texts, sentiments = text_array(list(sentences)), torch.tensor(list(sentences.values()))
         parts = []
         for rows in (torch.arange(_TRAIN), torch.arange(_TRAIN, total)):
             rows = rows[torch.randperm(len(rows), generator=generator)]

@@ -53,8 +53,8 @@ def _lines(path: Path) -> list[str]:
 
 def _class_names(wnids: list[str], names: dict[str, str]) -> tuple[str, ...]:
     first = [names.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
-    often = Counter(first)  # "crane" the bird and "crane" the machine
-    return tuple(f"{name} ({wnid})" if often[name] > 1 else name for name, wnid in zip(first, wnids, strict=True))
+    counts = Counter(first)  # "crane" the bird and "crane" the machine
+    return tuple(f"{name} ({wnid})" if counts[name] > 1 else name for name, wnid in zip(first, wnids, strict=True))
 
 
 def _split(rows: list[tuple[Path, int]], classes: tuple[str, ...], size: int) -> Split:

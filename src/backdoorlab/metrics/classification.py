@@ -13,7 +13,7 @@ def rate(hits: Tensor) -> float | None:
 
 
 def attack_metrics(
-    clean: Tensor, clean_labels: Tensor, triggered: Tensor, wanted: Tensor, true: Tensor, num_classes: int
+    clean: Tensor, clean_labels: Tensor, triggered: Tensor, target_labels: Tensor, true_labels: Tensor, num_classes: int
 ) -> dict[str, Any]:
     """Clean accuracy, attack success rate and robust accuracy, with their counts and per-class detail.
 
@@ -21,8 +21,8 @@ def attack_metrics(
         clean: int64 [N], predictions on clean test samples.
         clean_labels: int64 [N].
         triggered: int64 [M], predictions on triggered test samples (all-to-one: none of the target class).
-        wanted: int64 [M], the attacker's labels.
-        true: int64 [M], true labels.
+        target_labels: int64 [M], the attacker's labels.
+        true_labels: int64 [M], true labels.
         num_classes: K.
 
     Returns:
@@ -30,12 +30,12 @@ def attack_metrics(
     """
     return {
         "acc": rate(clean == clean_labels),
-        "asr": rate(triggered == wanted),
-        "ra": rate(triggered == true),
+        "asr": rate(triggered == target_labels),
+        "ra": rate(triggered == true_labels),
         "n_clean": len(clean),
         "n_triggered": len(triggered),
         "acc_per_class": [rate((clean == clean_labels)[clean_labels == k]) for k in range(num_classes)],
-        "asr_per_class": [rate((triggered == wanted)[true == k]) for k in range(num_classes)],
+        "asr_per_class": [rate((triggered == target_labels)[true_labels == k]) for k in range(num_classes)],
     }
 
 

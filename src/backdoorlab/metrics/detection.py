@@ -25,7 +25,7 @@ def detection_metrics(
 
     Args:
         scores: float [N], higher = more suspicious; None if the detector does not rank.
-        flags: bool [N], True = judged poisoned; None if it does not decide.
+        flags: bool [N], True = flagged as poisoned; None if the detector sets no threshold.
         positives: bool [N], True = poisoned.
         ignore: bool [N], samples that count neither way (covers).
 
@@ -36,19 +36,19 @@ def detection_metrics(
         BackdoorLabError: if a score is NaN.
         InputError: if the lengths differ.
     """
-    for name, given in (("scores", scores), ("flags", flags), ("ignore", ignore)):
-        if given is not None and len(given) != len(positives):
-            raise InputError(f"detection metrics need one of {name} per sample, got {len(given)} for {len(positives)}")
-    found: dict[str, Any] = {}
+    for name, values in (("scores", scores), ("flags", flags), ("ignore", ignore)):
+        if values is not None and len(values) != len(positives):
+            raise InputError(f"detection metrics need one of {name} per sample, got {len(values)} for {len(positives)}")
+    metrics: dict[str, Any] = {}
     if ignore is not None and bool(ignore.any()):
-        found["n_ignored"] = int(ignore.sum())
+        metrics["n_ignored"] = int(ignore.sum())
         if flags is not None:
-            found["ignored_flagged"] = float(flags[ignore].double().mean())
+            metrics["ignored_flagged"] = float(flags[ignore].double().mean())
         scores = None if scores is None else scores[~ignore]
         flags = None if flags is None else flags[~ignore]
         positives = positives[~ignore]
-    found |= {"n_positive": int(positives.sum()), "n_negative": int((~positives).sum())}
-    return found | _ranking(scores, positives) | _confusion(flags, positives)
+    metrics |= {"n_positive": int(positives.sum()), "n_negative": int((~positives).sum())}
+    return metrics | _ranking(scores, positives) | _confusion(flags, positives)
 
 
 def detection_reasons(metrics: dict[str, Any]) -> dict[str, str]:
@@ -75,24 +75,24 @@ def _ranking(scores: Tensor | None, positives: Tensor) -> dict[str, Any]:
 
     if scores is None:
         return {"auroc": None, "auprc": None}
-    values, truth = scores.detach().double().cpu(), positives.cpu()
+    values, labels = scores.detach().double().cpu(), positives.cpu()
     if bool(values.isnan().any()):
         raise BackdoorLabError(f"{int(values.isnan().sum())} of {len(values)} scores are NaN")
     largest = float(values[values.isfinite()].abs().max()) if bool(values.isfinite().any()) else 0.0
     values = values.clamp(-2 * largest - 1, 2 * largest + 1)  # infinite scores keep their rank
-    some, all_ = bool(truth.any()), bool(truth.all())
+    any_positive, all_positive = bool(labels.any()), bool(labels.all())
     return {
-        "auroc": float(roc_auc_score(truth.numpy(), values.numpy())) if some and not all_ else None,
-        "auprc": float(average_precision_score(truth.numpy(), values.numpy())) if some else None,
+        "auroc": float(roc_auc_score(labels.numpy(), values.numpy())) if any_positive and not all_positive else None,
+        "auprc": float(average_precision_score(labels.numpy(), values.numpy())) if any_positive else None,
     }
 
 
 def _confusion(flags: Tensor | None, positives: Tensor) -> dict[str, Any]:
     if flags is None:
         return dict.fromkeys(("tpr", "fpr", "precision", "f1", "f1_weighted", "n_flagged"))
-    flags, truth = flags.bool().cpu(), positives.cpu()
-    tp, fp = int((flags & truth).sum()), int((flags & ~truth).sum())
-    fn, tn = int(truth.sum()) - tp, int((~truth).sum()) - fp
+    flags, labels = flags.bool().cpu(), positives.cpu()
+    tp, fp = int((flags & labels).sum()), int((flags & ~labels).sum())
+    fn, tn = int(labels.sum()) - tp, int((~labels).sum()) - fp
     weight = (fp + tn) / (tp + fn) if tp + fn else 1.0
     return {
         "tpr": tp / (tp + fn) if tp + fn else None,

@@ -75,8 +75,8 @@ def _find(name: str) -> type[Modality]:
     if name not in _HOMES:
         raise unknown("modality", name, _HOMES)
     module, cls = _HOMES[name]
-    found: type[Modality] = getattr(importlib.import_module(module), cls)
-    return found
+    modality_class: type[Modality] = getattr(importlib.import_module(module), cls)
+    return modality_class
 
 
 def modality_of(dataset: Dataset) -> Modality:

@@ -79,8 +79,10 @@ def trace(model: Classifier, example: Tensor | None = None) -> list[Call]:
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         received, version = entries[id(module)].pop()
-        given = _first_tensor(output)
-        calls.append(Call(names[module], module, received, given, version, -1 if given is None else given._version))
+        returned = _first_tensor(output)
+        calls.append(
+            Call(names[module], module, received, returned, version, -1 if returned is None else returned._version)
+        )
 
     names = {module: name for name, module in model.named_modules() if module is not model}
     with ExitStack() as stack:
@@ -105,12 +107,12 @@ def _first_tensor(value: Any) -> Tensor | None:
         items = value
     elif isinstance(value, dict):  # also the output objects of transformers
         items = value.values()
-    return next((found for item in items if (found := _first_tensor(item)) is not None), None)
+    return next((tensor for item in items if (tensor := _first_tensor(item)) is not None), None)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every module gets its own former mode back."""
+    """Evaluation mode inside the block; every module gets its former mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -123,14 +125,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients for parameters inside the block (optimise inputs, triggers, prompts)."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     with evaluating(model):
-        for p in wanted:
+        for p in trainable:
             p.requires_grad_(False)
         try:
             yield
         finally:
-            for p in wanted:
+            for p in trainable:
                 p.requires_grad_(True)
 
 
@@ -140,8 +142,8 @@ def features_and_logits(model: Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         NotApplicable: if no linear layer yields the logits.
     """
-    _, given, logits = _run_to_head(model, x)
-    return given.flatten(1), logits
+    _, head_input, logits = _run_to_head(model, x)
+    return head_input.flatten(1), logits
 
 
 def features(model: Classifier, x: Tensor) -> Tensor:
@@ -195,7 +197,7 @@ def spatial_layers(model: Classifier, example: Tensor | None = None) -> list[tup
             widths |= {call.module.in_channels, call.module.out_channels}
         elif isinstance(call.module, _BatchNorm):
             widths.add(call.module.num_features)
-    found: dict[int, tuple[str, nn.Module]] = {}
+    layers: dict[int, tuple[str, nn.Module]] = {}
     for call in calls[calls.index(convs[0]) :]:
         out = call.output
         if out is None or out.dim() not in dims or out.shape[1] not in widths or out.shape[2:].numel() < 2:
@@ -204,9 +206,9 @@ def spatial_layers(model: Classifier, example: Tensor | None = None) -> list[tup
             continue
         if _kind(call.module) == "layernorm" and _axis(call) != 1:
             continue
-        found.pop(id(out), None)
-        found[id(out)] = (call.name, call.module)
-    return list(found.values())
+        layers.pop(id(out), None)
+        layers[id(out)] = (call.name, call.module)
+    return list(layers.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,17 +253,17 @@ class Channels:
         """
         if m.shape != (self.count,):
             raise InputError(f"{self.name} has {self.count} units, got a mask of shape {tuple(m.shape)}")
-        kept = dict(self.module._parameters)
-        own_weight, own_bias = self.weight, self.bias
-        scaled = own_weight * m.reshape(-1, *(1,) * (own_weight.dim() - 1))
+        parameters = dict(self.module._parameters)
+        unit_weight, unit_bias = self.weight, self.bias
+        scaled = unit_weight * m.reshape(-1, *(1,) * (unit_weight.dim() - 1))
         # As nn.Module itself does in functional_call: plain tensors stand in for the parameters.
         self.module._parameters["weight"] = cast(nn.Parameter, scaled.transpose(0, self._weight_axis))
-        if own_bias is not None:
-            self.module._parameters["bias"] = cast(nn.Parameter, own_bias * (m if bias is None else bias))
+        if unit_bias is not None:
+            self.module._parameters["bias"] = cast(nn.Parameter, unit_bias * (m if bias is None else bias))
         try:
             yield
         finally:
-            self.module._parameters.update(kept)
+            self.module._parameters.update(parameters)
 
     @torch.no_grad()
     def scale(self, units: Tensor | int, factor: Tensor | float) -> None:
@@ -363,8 +365,8 @@ def masked(groups: Sequence[Channels], m: Tensor, bias: Tensor | None = None) ->
     parts = split_units(m, groups)
     biases: Sequence[Tensor | None] = [None] * len(groups) if bias is None else split_units(bias, groups)
     with ExitStack() as stack:
-        for group, part, own in zip(groups, parts, biases, strict=True):
-            stack.enter_context(group.mask(part, own))
+        for group, part, group_bias in zip(groups, parts, biases, strict=True):
+            stack.enter_context(group.mask(part, group_bias))
         yield
 
 

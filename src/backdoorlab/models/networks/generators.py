@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _block(given: int, made: int, relu: bool = True) -> list[nn.Module]:
-    layers = [nn.Conv2d(given, made, 3, padding=1), nn.BatchNorm2d(made, momentum=0.05)]
+def _block(in_channels: int, out_channels: int, relu: bool = True) -> list[nn.Module]:
+    layers = [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels, momentum=0.05)]
     return [*layers, nn.ReLU()] if relu else layers
 
 
@@ -20,7 +20,7 @@ class DetailNet(nn.Module):
     Two 3x3 blocks per stage; widths double from 32 over three stages, or from 16 over two below 32 px.
     """
 
-    def __init__(self, channels: int, made: int, height: int, width: int) -> None:
+    def __init__(self, channels: int, out_channels: int, height: int, width: int) -> None:
         super().__init__()
         widths = (32, 64, 128) if min(height, width) >= 32 else (16, 32)
         down, up, current = [], [], channels
@@ -28,13 +28,13 @@ class DetailNet(nn.Module):
             down.append(nn.Sequential(*_block(current, wide), *_block(wide, wide)))
             current = wide
         self.middle = nn.Sequential(*_block(current, current))
-        for wide in (*reversed(widths[:-1]), made):
-            up.append(nn.Sequential(*_block(current, current), *_block(current, wide, relu=wide != made)))
+        for wide in (*reversed(widths[:-1]), out_channels):
+            up.append(nn.Sequential(*_block(current, current), *_block(current, wide, relu=wide != out_channels)))
             current = wide
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N,C,H,W] in [0, 1] -> [N,made,H,W] in (0, 1)."""
+        """[N,C,H,W] in [0, 1] -> [N,out_channels,H,W] in (0, 1)."""
         sizes = []
         for stage in self.down:
             x = stage(x)
@@ -54,10 +54,10 @@ class StrideNet(nn.Module):
         widths = (channels, 16, 32, 64, 128)
         pairs = list(pairwise(widths))
         self.down = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(given, made, 4, 2, 1), nn.BatchNorm2d(made), nn.ReLU()) for given, made in pairs
+            nn.Sequential(nn.Conv2d(narrow, wide, 4, 2, 1), nn.BatchNorm2d(wide), nn.ReLU()) for narrow, wide in pairs
         )
-        self.up = nn.ModuleList(nn.ConvTranspose2d(made, given, 4, 2, 1) for given, made in reversed(pairs))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(given) for given, _ in reversed(pairs[1:]))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(wide, narrow, 4, 2, 1) for narrow, wide in reversed(pairs))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(narrow) for narrow, _ in reversed(pairs[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N,C,H,W] in [0, 1] -> [N,C,H,W] in (-1, 1); sides of at least 16, odd ones too."""

@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def convolution(given: int, made: int, stride: int = 1) -> nn.Sequential:
+def convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
     """3x3 convolution with padding, then ReLU."""
-    return nn.Sequential(nn.Conv2d(given, made, 3, stride, 1), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, stride, 1), nn.ReLU())
 
 
 def keep_scale(network: nn.Module) -> nn.Module:
     """He initialisation of all convolutions and linear layers.
 
     A message has to pass twenty layers before its first gradient is of any use; torch's own initialisation shrinks it
-    in each of them, and training stays for a long time at answers that are right half of the time.
+    in each of them, and training stays at chance for a long time.
     """
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -35,21 +35,21 @@ class UNet(nn.Module):
     residual is the same in training and in use.
     """
 
-    def __init__(self, given: int, made: int, height: int, width: int, base: int) -> None:
-        """For ``given`` input and ``made`` output channels; ``base`` is b."""
+    def __init__(self, in_channels: int, out_channels: int, height: int, width: int, base: int) -> None:
+        """For ``in_channels`` input and ``out_channels`` output channels; ``base`` is b."""
         super().__init__()
         stages = max(1, min(4, int(math.log2(min(height, width))) - 1))
         widths = [base, *(base * 2**i for i in range(stages))]
-        self.enter = convolution(given, base)
+        self.enter = convolution(in_channels, base)
         self.down = nn.ModuleList(convolution(widths[i], widths[i + 1], 2) for i in range(stages))
         self.up = nn.ModuleList(convolution(widths[i + 1], widths[i]) for i in reversed(range(stages)))
         self.join = nn.ModuleList(
-            convolution(2 * widths[i] + (0 if i else given), widths[i]) for i in reversed(range(stages))
+            convolution(2 * widths[i] + (0 if i else in_channels), widths[i]) for i in reversed(range(stages))
         )
-        self.leave = nn.Conv2d(base, made, 1)
+        self.leave = nn.Conv2d(base, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N,given,H,W] in [0, 1] -> [N,made,H,W] in (-1, 1)."""
+        """[N,in_channels,H,W] in [0, 1] -> [N,out_channels,H,W] in (-1, 1)."""
         x = 2 * x - 1
         skips, current = [x], self.enter(x)
         for stage in self.down:

@@ -1,4 +1,4 @@
-"""Networks that change the style of images, and the critic they are trained against."""
+"""Networks that change the style of images, and the discriminator they are trained against."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ EDGE = 0.02
 """Pixels are kept this far from black and white before their logits are taken."""
 
 
-REACH = 2.5
+MAX_SHIFT = 2.5
 """Largest shift of a pixel's logit."""
 
 
-def _layer(given: int, made: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(given, made, 3, stride, 1), nn.InstanceNorm2d(made, affine=True), nn.ReLU())
+def _layer(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride, 1), nn.InstanceNorm2d(out_channels, affine=True), nn.ReLU()
+    )
 
 
 class _Residual(nn.Module):
@@ -50,15 +52,15 @@ class StyleNet(nn.Module):
         wide = self.stem(x)
         deep = self.body(self.down(wide))
         shift = self.out(self.up(F.interpolate(deep, x.shape[2:], mode="nearest")) + wide)
-        return torch.sigmoid(torch.logit(x, eps=EDGE) + REACH * torch.tanh(shift / REACH))
+        return torch.sigmoid(torch.logit(x, eps=EDGE) + MAX_SHIFT * torch.tanh(shift / MAX_SHIFT))
 
 
 class PatchNet(nn.Module):
-    """A discriminator that judges patches: [N,C,H,W] -> [N,1,H/4,W/4], 1 for real."""
+    """A discriminator of patches: [N,C,H,W] -> [N,1,H/4,W/4], 1 for real."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.judge = nn.Sequential(
+        self.layers = nn.Sequential(
             nn.Conv2d(channels, WIDTH, 4, 2, 1),
             nn.LeakyReLU(0.2),
             nn.Conv2d(WIDTH, 2 * WIDTH, 4, 2, 1),
@@ -67,6 +69,6 @@ class PatchNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Judge."""
-        judged: Tensor = self.judge(x)
-        return judged
+        """Scores of patches."""
+        scores: Tensor = self.layers(x)
+        return scores
