@@ -26,7 +26,7 @@ from backdoorlab.models.persistence import State, restore_model
 from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict
-from backdoorlab.training.loop import FitLog
+from backdoorlab.training.log import FitLog
 from backdoorlab.training.session import session
 
 
@@ -109,7 +109,7 @@ class Planted(ABC):
 
         Args:
             model: instead of the victim, such as a repaired one.
-            title: of the row; None takes the backdoor's or the model's own.
+            title: of the row; None takes the title of the backdoor or the model.
 
         Raises:
             InputError: if it does not know its task.
@@ -117,8 +117,8 @@ class Planted(ABC):
         if self.task is None:
             raise InputError("this backdoor does not know its task; attach it with backdoor.on(task)")
         victim: Any = self if model is None else model
-        found = self.measure(self.task, self.measuring(getattr(model, "device", "auto")), model)
-        return Evaluation(title or getattr(victim, "title", "") or "model", found)
+        metrics = self.measure(self.task, self.measuring(getattr(model, "device", "auto")), model)
+        return Evaluation(title or getattr(victim, "title", "") or "model", metrics)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write model, trigger, poisoned samples and task into a new folder; ``backdoorlab.load`` reads it.
@@ -150,7 +150,7 @@ class Backdoor(Planted):
         target_map: what triggered samples should become.
         poison: what was changed in the training set (for training-control attacks a replay).
         log: of the victim's training.
-        cross_trigger: for attacks that promise that *other* samples' triggers do nothing: such a wrong trigger.
+        cross_trigger: for attacks whose triggers should work on their own sample only: the trigger of another sample.
         task: that it was planted in; None where the benchmark keeps the task itself.
         seed: of the run, from which the randomness of measurements derives too.
         title: what tables call it.
@@ -173,9 +173,9 @@ class Backdoor(Planted):
     def triggered_test(self, task: Task) -> tuple[Inputs, Tensor, Tensor]:
         """Triggered test samples with (attacker's labels, true labels); target-class samples are left out."""
         chosen = self.target_map.eligible(task.test.labels).nonzero().flatten()
-        true = task.test.labels[chosen]
+        true_labels = task.test.labels[chosen]
         inputs = stamp_all(self.trigger, take(task.test.inputs, chosen), device=self.model.device)
-        return inputs, self.target_map(true), true
+        return inputs, self.target_map(true_labels), true_labels
 
     def measure(self, task: Task, context: Context, model: Classifier | None = None) -> Metrics:
         """ACC, ASR and RA (and cross accuracy) of the victim, or of another model such as a repaired one.
@@ -183,15 +183,15 @@ class Backdoor(Planted):
         Clean and triggered samples go through the model in one pass.
         """
         model = model or self.model
-        inputs, wanted, true = self.triggered_test(task)
+        inputs, target_labels, true_labels = self.triggered_test(task)
         sets: list[Inputs] = [task.test.inputs, inputs]
         if self.cross_trigger is not None:
             sets.append(stamp_all(self.cross_trigger, task.test.inputs, device=model.device))
         predicted = predict(model, join(sets)).argmax(1)
         clean, triggered, cross = predicted.split(
-            [len(task.test), len(true), len(predicted) - len(task.test) - len(true)]
+            [len(task.test), len(true_labels), len(predicted) - len(task.test) - len(true_labels)]
         )
-        metrics = attack_metrics(clean, task.test.labels, triggered, wanted, true, task.num_classes)
+        metrics = attack_metrics(clean, task.test.labels, triggered, target_labels, true_labels, task.num_classes)
         if self.cross_trigger is not None:
             metrics["cross_acc"] = float((cross == task.test.labels).float().mean())
         return Metrics(metrics)
@@ -218,8 +218,8 @@ class Backdoor(Planted):
             return {}
         stamped = stamp_all(self.trigger, clean, device=self.model.device)
         assert isinstance(stamped, Tensor)
-        seen = visibility(clean, stamped)
-        return {"psnr_db": seen.psnr, "ssim": seen.ssim, "linf": seen.linf}
+        difference = visibility(clean, stamped)
+        return {"psnr_db": difference.psnr, "ssim": difference.ssim, "linf": difference.linf}
 
     def state(self) -> State:
         """Tensors by file name (model, trigger, poison) and a JSON-able record, for the store."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorlab.core.errors import ArtifactError, BackdoorLabError, nearest
+from backdoorlab.modalities.base import Modality
 
 State = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 """Tensors by file name, and a JSON-able record."""
@@ -23,6 +24,8 @@ State = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 class StoredModel(nn.Module):
     """A network that can be stored under a ``kind`` and rebuilt from what was stored."""
 
+    modality: Modality
+    """How raw samples become its input."""
     kind: ClassVar[str]
     """Unique name under which the class is found again, for example "classifier"."""
 

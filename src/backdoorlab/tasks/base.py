@@ -18,7 +18,7 @@ from backdoorlab.modalities.base import Modality
 from backdoorlab.models.persistence import StoredModel
 from backdoorlab.training.blueprint import Blueprint
 from backdoorlab.training.context import Context
-from backdoorlab.training.loop import FitLog
+from backdoorlab.training.log import FitLog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class BaseTask(ABC):
     """A loaded task.
 
     Attributes:
-        spec: what it was made from, with "auto" resolved.
+        spec: of the task, with "auto" resolved.
         dataset: training and test data.
         modality: how samples become model input.
         recipe: how models are trained on it, a dataclass of JSON-able fields.
@@ -88,11 +88,11 @@ class BaseTask(ABC):
 
     @classmethod
     @abstractmethod
-    def recipe_changes(cls, given: Mapping[str, object]) -> tuple[tuple[str, Any], ...]:
+    def recipe_changes(cls, values: Mapping[str, object]) -> tuple[tuple[str, Any], ...]:
         """Changes of a recipe's fields, as :class:`TaskSpec` holds them, with values of the right type.
 
         Args:
-            given: values, or text that stands for them, by field.
+            values: by field, or text that stands for them.
 
         Raises:
             InputError: for an unknown field, or a value of another type.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Unpack, cast
 
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.sources import datasets, load_dataset
@@ -20,7 +20,8 @@ from backdoorlab.tasks.base import BaseTask, TaskSpec, kinds
 from backdoorlab.training.blueprint import Blueprint
 from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict
-from backdoorlab.training.loop import FitLog, Objective, OnEpoch, Stamp, cross_entropy
+from backdoorlab.training.log import FitLog
+from backdoorlab.training.loop import FitOptions
 from backdoorlab.training.recipes import Recipe, recipe_for, typed_changes
 
 
@@ -30,7 +31,7 @@ class Task(BaseTask):
     """A loaded task.
 
     Attributes:
-        spec: what it was made from, with "auto" resolved.
+        spec: of the task, with "auto" resolved.
         dataset: training and test data.
         modality: how samples become model input.
         recipe: how models are trained on it.
@@ -54,9 +55,9 @@ class Task(BaseTask):
         return served
 
     @classmethod
-    def recipe_changes(cls, given: Mapping[str, object]) -> tuple[tuple[str, Any], ...]:
+    def recipe_changes(cls, values: Mapping[str, object]) -> tuple[tuple[str, Any], ...]:
         """See :meth:`BaseTask.recipe_changes`."""
-        return tuple(typed_changes(Recipe, given).items())
+        return tuple(typed_changes(Recipe, values).items())
 
     @classmethod
     def load(cls, spec: TaskSpec, *, root: str | Path | None = None, download: bool = False) -> Task:
@@ -74,7 +75,7 @@ class Task(BaseTask):
         return cls(dataclasses.replace(spec, model=model), dataset, modality, recipe)
 
     def clean_subset(self, fraction: float, *, seed: int = 0) -> Split:
-        """Clean samples of a defender's own.
+        """Clean samples that a defender holds.
 
         Class counts are as equal as the data allow; the same seed gives the same rows as in the benchmark, and the rows
         of a smaller fraction are among those of a larger one.
@@ -110,24 +111,10 @@ class Task(BaseTask):
         *,
         model: Classifier | None = None,
         recipe: Recipe | None = None,
-        objective: Objective = cross_entropy,
-        stamp: Stamp | None = None,
-        on_epoch: Sequence[OnEpoch] = (),
-        chance: float | None = None,
-        label: str = "training",
+        **options: Unpack[FitOptions[Classifier]],
     ) -> tuple[Classifier, FitLog]:
-        """Train a fresh model (or the one given) by the task's recipe (or the one given); see :func:`fit`."""
-        return self.blueprint.fit(
-            split,
-            context,
-            model=model,
-            recipe=recipe,
-            objective=objective,
-            stamp=stamp,
-            on_epoch=on_epoch,
-            chance=chance,
-            label=label,
-        )
+        """Train a fresh model (or the one given) by the task's recipe (or the one given); see :meth:`Blueprint.fit`."""
+        return self.blueprint.fit(split, context, model=model, recipe=recipe, **options)
 
     def train_benign(self, ctx: Context) -> tuple[Classifier, FitLog]:
         """See :meth:`BaseTask.train_benign`."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 from backdoorlab.data.split import Split
 from backdoorlab.modalities.base import Modality
 from backdoorlab.models.classifier import Classifier, build_model
 from backdoorlab.training.context import Context
-from backdoorlab.training.loop import FitLog, Objective, OnEpoch, Stamp, cross_entropy, fit
+from backdoorlab.training.log import FitLog
+from backdoorlab.training.loop import FitOptions, fit
 from backdoorlab.training.recipes import Recipe
 
 
@@ -40,23 +41,16 @@ class Blueprint:
         *,
         model: Classifier | None = None,
         recipe: Recipe | None = None,
-        objective: Objective = cross_entropy,
-        stamp: Stamp | None = None,
-        on_epoch: Sequence[OnEpoch] = (),
-        chance: float | None = None,
-        label: str = "training",
+        **options: Unpack[FitOptions[Classifier]],
     ) -> tuple[Classifier, FitLog]:
-        """Train a fresh model (or the one given) by the recipe (or the one given), see :func:`fit`."""
+        """Train a fresh model (or the one given) by the recipe (or the one given).
+
+        Args:
+            split: training data as the trainer sees them.
+            context: seed, device, progress.
+            model: trained in place; None builds one.
+            recipe: None takes the blueprint's.
+            **options: of :func:`~backdoorlab.training.loop.fit`.
+        """
         model = model if model is not None else self.build_model(context)
-        log = fit(
-            model,
-            split,
-            recipe or self.recipe,
-            objective=objective,
-            stamp=stamp,
-            on_epoch=on_epoch,
-            chance=chance,
-            context=context,
-            label=label,
-        )
-        return model, log
+        return model, fit(model, split, recipe or self.recipe, context=context, **options)

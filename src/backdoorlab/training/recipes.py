@@ -11,7 +11,7 @@ from typing import Any
 
 from backdoorlab.core.errors import InputError, unknown
 from backdoorlab.core.excerpt import shown
-from backdoorlab.core.method import convert
+from backdoorlab.core.settings import read_settings
 
 _RANGES: dict[str, tuple[float, float]] = {
     "epochs": (0, 10**6),
@@ -39,10 +39,7 @@ def typed_changes(kind: type[Any], given: Mapping[str, object], what: str = "rec
         InputError: for an unknown field or a value of another type; ranges are checked by the recipe itself.
     """
     hints = {key: hint for key, hint in typing.get_type_hints(kind).items() if key != "name"}
-    for key in given:
-        if key not in hints:
-            raise unknown(f"{what} field", key, hints)
-    return {key: convert(what, key, value, hints[key]) for key, value in given.items()}
+    return read_settings(what, given, hints)
 
 
 def check_ranges(what: str, recipe: Any, ranges: Mapping[str, tuple[float, float]]) -> None:

@@ -29,7 +29,7 @@ from backdoorlab.models.classifier import Classifier
 from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict_features
-from backdoorlab.training.loop import FitLog
+from backdoorlab.training.log import FitLog
 
 
 def greedy_pairs(distances: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from backdoorlab.tasks.diffusion.patterns import grey_box, target_image
 from backdoorlab.tasks.diffusion.sampling import SAMPLERS
 from backdoorlab.tasks.diffusion.task import DiffusionTask
 from backdoorlab.training.context import Context
-from backdoorlab.training.loop import FitLog
+from backdoorlab.training.log import FitLog
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ class DiffusionBackdoor(Planted):
         """How well the trigger works and how good clean samples are, see :func:`measure_samples`.
 
         Args:
-            task: data, judge and the clean model to compare with.
+            task: data, classifier and the clean model to compare with.
             context: seed of all samples.
             model: instead of the victim, such as a repaired one.
             sampler: instead of the one that the attack is matched to.
@@ -154,7 +154,7 @@ class DiffusionBackdoor(Planted):
 def benign_backdoor(
     task: DiffusionTask, context: Context, trigger: NoiseTrigger | None = None, target: Tensor | None = None
 ) -> DiffusionBackdoor:
-    """The clean model in the same dress, so that it is measured by the same metrics: what a trigger does to it.
+    """The clean model as a backdoor, so that the same metrics measure what a trigger does to it.
 
     Args:
         task: the task.

@@ -39,8 +39,8 @@ from backdoorlab.data.split import Inputs, take
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.tasks import Task
+from backdoorlab.training.batches import Stamp
 from backdoorlab.training.context import Context
-from backdoorlab.training.loop import Stamp
 
 SPREAD = ((3, 1, 1 / 16), (2, 1, 5 / 16), (1, 1, 3 / 16), (1, 0, 7 / 16))
 """Floyd-Steinberg along anti-diagonals: (diagonals on, rows down, share of the error)."""
@@ -133,18 +133,28 @@ class Bpp(TrainingAttack):
     stronger: ClassVar[str] = "lower levels"
     sample_specific: ClassVar[bool] = True
 
-    target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
-    levels: int = param(8, "grey levels per channel", low=2, high=128, source="BackdoorBench")
-    dithering: bool = param(False, "spread the rounding error (Floyd-Steinberg)", source="BackdoorBench")
+    target_map: str = param(
+        "all-to-one",
+        "label of triggered samples: the target class, or their class + 1 mod K",
+        choices=("all-to-one", "all-to-all"),
+        source="BackdoorBench",
+    )
+    levels: int = param(8, "grey levels per channel after quantisation", low=2, high=128, source="BackdoorBench")
+    dithering: bool = param(
+        False, "spread the rounding error over neighbouring pixels (Floyd-Steinberg)", source="BackdoorBench"
+    )
     negative_rate: float = param(
         0.1,
-        "share of samples that get another image's residual and keep their label",
+        "share of training samples that get another image's quantisation residual and keep their label",
         low=0,
         high=1,
         source="BackdoorBench",
     )
     poisoning: str = param(
-        "per-batch", "new samples in every batch, or the same in every epoch", choices=("per-batch", "fixed-index")
+        "per-batch",
+        "poisoned samples: new ones in every batch, or the same in every epoch",
+        choices=("per-batch", "fixed-index"),
+        source="paper",
     )
 
     def run(self, task: Task, ctx: Context) -> Backdoor:

@@ -40,8 +40,8 @@ from backdoorlab.data.split import Inputs
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.tasks import Task
+from backdoorlab.training.batches import Stamp
 from backdoorlab.training.context import Context
-from backdoorlab.training.loop import Stamp
 
 
 def draw_field(k: int, generator: torch.Generator) -> Tensor:
@@ -118,13 +118,25 @@ class WaNet(TrainingAttack):
     trigger_visibility: ClassVar[str] = "invisible"
     stronger: ClassVar[str] = "raise s"
 
-    target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
-    k: int = param(4, "control points per axis", low=2, source="paper")
-    s: float = param(0.5, "mean displacement of a control point, in half pixels", low=0, source="paper")
-    grid_rescale: float = param(1.0, "factor on the sampling grid", above=0, high=2, source="paper")
-    cross_ratio: float = param(2.0, "noise-mode samples per attacked sample", low=0, high=10, source="paper")
+    target_map: str = param(
+        "all-to-one",
+        "label of triggered samples: the target class, or their class + 1 mod K",
+        choices=("all-to-one", "all-to-all"),
+        source="BackdoorBench",
+    )
+    k: int = param(4, "control points of the warping field per axis", low=2, source="paper")
+    s: float = param(
+        0.5, "strength of the warp: mean displacement of a control point, in half pixels", low=0, source="paper"
+    )
+    grid_rescale: float = param(1.0, "factor on the coordinates of the sampling grid", above=0, high=2, source="paper")
+    cross_ratio: float = param(
+        2.0, "samples warped with noise that keep their label, per poisoned sample", low=0, high=10, source="paper"
+    )
     poisoning: str = param(
-        "per-batch", "new samples in every batch, or the same in every epoch", choices=("per-batch", "fixed-index")
+        "per-batch",
+        "poisoned samples: new ones in every batch, or the same in every epoch",
+        choices=("per-batch", "fixed-index"),
+        source="paper",
     )
 
     def run(self, task: Task, ctx: Context) -> Backdoor:

@@ -22,11 +22,11 @@ from backdoorlab.core.seeding import derive_seed, isolated_rng
 from backdoorlab.data.split import Split
 from backdoorlab.modalities.base import modality_from_config
 from backdoorlab.modalities.image import ImageModality
-from backdoorlab.models.classifier import Classifier
 from backdoorlab.models.persistence import StoredModel
 from backdoorlab.tasks.diffusion.sampling import Schedule, draw
 from backdoorlab.training.context import Context
-from backdoorlab.training.loop import FitLog, fit
+from backdoorlab.training.log import FitLog
+from backdoorlab.training.loop import fit
 from backdoorlab.training.recipes import Recipe
 
 WIDTHS = {"unet_micro": (16, 32, 32), "unet_tiny": (32, 64, 64), "unet_small": (64, 128, 128, 128)}
@@ -44,6 +44,7 @@ class Denoiser(StoredModel):
     """
 
     kind: ClassVar[str] = "denoiser"
+    modality: ImageModality
 
     def __init__(self, net: nn.Module, modality: ImageModality, arch: str, timesteps: int) -> None:
         super().__init__()
@@ -168,11 +169,10 @@ def fit_denoiser(
     """
     generator = context.generator("denoise", device=context.device)
 
-    def objective(_: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+    def objective(model: Denoiser, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         images = inputs.contiguous() * 2 - 1
         given = poison(images, indices) if poison else {"images": images}
         return denoising_loss(model, model.schedule, generator=generator, **given)
 
-    # The loop asks a model only for its parameters and its modality, which a denoiser has like a classifier.
-    # Its loss is 1 where it predicts no noise at all.
-    return fit(cast(Classifier, model), split, recipe, objective=objective, chance=1.0, context=context, label=label)
+    # The loss is 1 where no noise at all is predicted.
+    return fit(model, split, recipe, objective=objective, chance=1.0, context=context, label=label)

@@ -10,8 +10,8 @@ from backdoorlab.metrics.result import Metrics
 from backdoorlab.tasks.diffusion.denoiser import Denoiser
 from backdoorlab.tasks.diffusion.metrics import (
     HIT_MSE,
+    classifier_metrics,
     frechet_distance,
-    judged,
     squared_error,
     structural_similarity,
 )
@@ -22,7 +22,7 @@ from backdoorlab.training.evaluate import predict, predict_features
 if TYPE_CHECKING:
     from backdoorlab.tasks.diffusion.task import DiffusionTask
 
-_GENERATIVE = "a generative model has no accuracy; see judge_confidence and frechet_local"
+_GENERATIVE = "a generative model has no accuracy; see classifier_confidence and frechet_local"
 
 
 def generate(
@@ -68,7 +68,7 @@ def measure_samples(
 
     Args:
         model: what draws.
-        task: data, judge and the clean model to compare with.
+        task: data, classifier and the clean model to compare with.
         context: seed of all samples.
         shift: the trigger g in the initial noise, float32 [C,H,W].
         target: what it should become, float32 [C,H,W] in [-1, 1].
@@ -78,25 +78,25 @@ def measure_samples(
         asr: share of triggered samples within ``hit_mse`` of the target. acc, ra: None with a reason.
         mse_target, ssim_target: of triggered samples; mse_target_clean: of plain samples, to the same target.
         frechet_local: of plain samples to the training images; frechet_local_benign: of the clean model's samples.
-        judge_confidence, classes_covered, class_shares: of plain samples; judge_confidence_benign.
+        classifier_confidence, classes_covered, class_shares: of plain samples; classifier_confidence_benign.
     """
     clean = generate(model, task, context, task.recipe.samples, sampler=sampler)
     triggered = generate(model, task, context, task.recipe.triggered_samples, shift, sampler)
-    benign, judge, wanted = task.clean_samples(context), task.judge(context), to_images(target)
-    errors = squared_error(triggered, wanted)
-    real = predict_features(judge, task.train.inputs)
+    benign, classifier, target_pixels = task.clean_samples(context), task.classifier(context), to_images(target)
+    errors = squared_error(triggered, target_pixels)
+    real = predict_features(classifier, task.train.inputs)
     values = {
         "acc": None,
         "asr": float((errors <= HIT_MSE).double().mean()),
         "ra": None,
         "hit_mse": HIT_MSE,
         "mse_target": float(errors.mean()),
-        "mse_target_clean": float(squared_error(clean, wanted).mean()),
-        "ssim_target": structural_similarity(triggered, wanted),
-        "frechet_local": frechet_distance(predict_features(judge, clean), real),
-        "frechet_local_benign": frechet_distance(predict_features(judge, benign), real),
-        **judged(predict(judge, clean)),
-        "judge_confidence_benign": judged(predict(judge, benign))["judge_confidence"],
+        "mse_target_clean": float(squared_error(clean, target_pixels).mean()),
+        "ssim_target": structural_similarity(triggered, target_pixels),
+        "frechet_local": frechet_distance(predict_features(classifier, clean), real),
+        "frechet_local_benign": frechet_distance(predict_features(classifier, benign), real),
+        **classifier_metrics(predict(classifier, clean)),
+        "classifier_confidence_benign": classifier_metrics(predict(classifier, benign))["classifier_confidence"],
         "sampler": sampler,
         "n_clean": len(clean),
         "n_triggered": len(triggered),

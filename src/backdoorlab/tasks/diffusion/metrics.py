@@ -1,4 +1,4 @@
-"""Metrics of generated images: distance to an attacker's target, and quality of clean samples by our own classifier.
+"""Metrics of generated images: distance to an attacker's target, and quality of clean samples by a small classifier.
 
 The Fréchet distance here is *local*: Gaussian statistics of the penultimate features of a small classifier trained on
 the same data, not of Inception. It ranks models of one task and must never be compared with published FID values.
@@ -44,8 +44,8 @@ def structural_similarity(images: Tensor, target: Tensor) -> float:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError:
         raise MissingExtra("SSIM of diffusion samples", "diffusion") from None
-    wanted = (target.double() / 255).expand(len(images), *target.shape)
-    value = structural_similarity_index_measure(images.double() / 255, wanted, data_range=1.0)
+    reference = (target.double() / 255).expand(len(images), *target.shape)
+    value = structural_similarity_index_measure(images.double() / 255, reference, data_range=1.0)
     return float(torch.as_tensor(value))
 
 
@@ -73,21 +73,21 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return float(distance.clamp_min(0))
 
 
-def judged(logits: Tensor) -> dict[str, Any]:
-    """What a classifier says of generated images.
+def classifier_metrics(logits: Tensor) -> dict[str, Any]:
+    """How sure a classifier is of generated images, and which classes they cover.
 
     Args:
         logits: float [N,K].
 
     Returns:
-        judge_confidence: mean probability of the most likely class. classes_covered: number of classes that receive at
-        least a tenth of a fair share (N / K) of the images. class_shares: K numbers.
+        classifier_confidence: mean probability of the most likely class. classes_covered: number of classes that
+        receive at least a tenth of a fair share (N / K) of the images. class_shares: K numbers.
     """
     count, classes = logits.shape
     confidence, predicted = logits.double().softmax(1).max(1)
     shares = torch.bincount(predicted, minlength=classes).double() / count
     return {
-        "judge_confidence": float(confidence.mean()),
+        "classifier_confidence": float(confidence.mean()),
         "classes_covered": int((shares >= 0.1 / classes).sum()),
         "class_shares": shares.tolist(),
     }

@@ -1,4 +1,4 @@
-"""A generative task: images, network, recipe, and two things that all its runs share: the clean model and the judge."""
+"""A generative task: images, network, recipe, and two models that all its runs share (clean model and classifier)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from backdoorlab.tasks.diffusion.measure import measure_samples
 from backdoorlab.tasks.diffusion.patterns import grey_box, target_image
 from backdoorlab.tasks.diffusion.sampling import draw, sample, to_images
 from backdoorlab.training.context import Context, Tensors
-from backdoorlab.training.loop import FitLog, fit
+from backdoorlab.training.log import FitLog
+from backdoorlab.training.loop import fit
 from backdoorlab.training.recipes import Recipe, check_ranges, recipe_for, typed_changes
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -57,7 +58,7 @@ class DiffusionRecipe:
         ddim_steps: of the DDIM sampler.
         samples: generated clean images per measurement.
         triggered_samples: generated triggered images per measurement.
-        judge: recipe of the classifier that judges samples.
+        classifier_recipe: recipe of the classifier with which samples are measured.
         precision: "auto", "bf16" or "fp32".
     """
 
@@ -71,7 +72,7 @@ class DiffusionRecipe:
     ddim_steps: int = 50
     samples: int = 500
     triggered_samples: int = 100
-    judge: str = "fast"
+    classifier_recipe: str = "fast"
     precision: str = "auto"
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class DiffusionRecipe:
                 raise InputError(f"diffusion recipe: {field} must be > 0, got 0")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise unknown("precision", self.precision, ("auto", "bf16", "fp32"))
-        recipe_for("image", self.judge)
+        recipe_for("image", self.classifier_recipe)
 
     def training(self, steps: int, lr: float) -> Recipe:
         """The loop's recipe for so many steps."""
@@ -122,7 +123,7 @@ RECIPES = {
         tune_lr=2e-3,
         samples=100,
         triggered_samples=50,
-        judge="smoke",
+        classifier_recipe="smoke",
         precision="fp32",
     ),
 }
@@ -136,7 +137,7 @@ class DiffusionTask(BaseTask):
     """A loaded generative task.
 
     Attributes:
-        spec: what it was made from, with "auto" resolved.
+        spec: of the task, with "auto" resolved.
         dataset: training and test data; only the training images are learned.
         modality: image size.
         recipe: how models are trained and measured on it.
@@ -159,9 +160,9 @@ class DiffusionTask(BaseTask):
         return cls.modalities
 
     @classmethod
-    def recipe_changes(cls, given: Mapping[str, object]) -> tuple[tuple[str, Any], ...]:
+    def recipe_changes(cls, values: Mapping[str, object]) -> tuple[tuple[str, Any], ...]:
         """See :meth:`BaseTask.recipe_changes`."""
-        return tuple(typed_changes(DiffusionRecipe, given, "diffusion recipe").items())
+        return tuple(typed_changes(DiffusionRecipe, values, "diffusion recipe").items())
 
     @classmethod
     def load(cls, spec: TaskSpec, *, root: str | Path | None = None, download: bool = False) -> DiffusionTask:
@@ -224,18 +225,19 @@ class DiffusionTask(BaseTask):
         spec = {**self._training_spec(), "samples": self.recipe.samples}
         return context.asset("diffusion-clean-samples", spec, build)["images"]
 
-    def judge(self, context: Context) -> Classifier:
-        """A classifier of the same images, with which samples are judged; trained once for all runs."""
+    def classifier(self, context: Context) -> Classifier:
+        """A classifier of the same images, with which samples are measured; trained once for all runs."""
         arch = default_model(self.modality)
-        recipe = recipe_for("image", self.recipe.judge)
+        recipe = recipe_for("image", self.recipe.classifier_recipe)
 
         def build(ctx: Context) -> Tensors:
             model = build_model(arch, self.modality, self.num_classes, ctx.seed)
-            fit(model, self.train, recipe, context=ctx, label="training the judge")
+            fit(model, self.train, recipe, context=ctx, label="training the classifier of samples")
             return _weights(model)
 
         spec = {"dataset": dataclasses.asdict(self.spec.dataset), "arch": arch, "recipe": dataclasses.asdict(recipe)}
         model = build_model(arch, self.modality, self.num_classes).to(context.device)
+        # The kind of an asset seeds its training, so that another name would give another classifier.
         model.load_state_dict(context.asset("diffusion-judge", spec, build))
         return model.eval()
 
