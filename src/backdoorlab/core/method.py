@@ -16,7 +16,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -137,13 +137,17 @@ class Method:
         """Names of the hyper-parameters that differ from their defaults."""
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
 
-    def file_digests(self) -> dict[str, str]:
+    def file_digests(self, only: Collection[str] | None = None) -> dict[str, str]:
         """Hash of the content behind each hyper-parameter that names files or folders, where one is given.
+
+        Args:
+            only: of these hyper-parameters; None takes all.
 
         Raises:
             InputError: if there is no such file or folder.
         """
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("path")}
+        names = [f.name for f in dataclasses.fields(self) if f.metadata.get("path")]
+        given = {name: getattr(self, name) for name in names if only is None or name in only}
         return {name: _content(self.name, name, value) for name, value in given.items() if value is not None}
 
     @classmethod
