@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -89,20 +88,16 @@ def asset_tensor(tensors: Tensors, name: str, shape: tuple[int, ...], kind: str)
     return found.float()
 
 
-def shared_surrogate(
-    kind: str,
-    spec: dict[str, Any],
-    fresh: Callable[[Context], Classifier],
-    train: Callable[[Classifier, Context], object],
-    ctx: Context,
-) -> Classifier:
-    """A model trained once and shared by all runs, or taken from the user's file.
+def weights_of(network: nn.Module) -> Tensors:
+    """All parameters and buffers by name, on the CPU."""
+    return {name: value.detach().cpu() for name, value in network.state_dict().items()}
+
+
+def clean_surrogate(task: Task, ctx: Context) -> Classifier:
+    """A benign model of the task's own architecture and recipe, shared by all runs, or the user's.
 
     Args:
-        kind: of the asset.
-        spec: everything that the weights depend on, JSON-able.
-        fresh: makes the untrained model on a context's device.
-        train: trains it in place; all its randomness must come from the context it is given, which follows the spec.
+        task: whose training data it knows.
         ctx: device, cache.
 
     Returns:
@@ -110,20 +105,9 @@ def shared_surrogate(
     """
 
     def build(own: Context) -> Tensors:
-        model = fresh(own)
-        train(model, own)
-        return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+        model, _ = task.fit(task.train, own, model=task.build_model(own), label="training a clean surrogate")
+        return weights_of(model)
 
-    weights = ctx.asset(kind, spec, build)
-    model = fresh(ctx)
-    load_weights(model, weights, kind)
+    model = task.build_model(ctx)
+    load_weights(model, ctx.asset("clean-surrogate", surrogate_spec(task), build), "clean-surrogate")
     return model
-
-
-def clean_surrogate(task: Task, ctx: Context) -> Classifier:
-    """A benign model of the task's own architecture and recipe; see :func:`shared_surrogate`."""
-
-    def train(model: Classifier, own: Context) -> None:
-        task.fit(task.train, own, model=model, label="training a clean surrogate")
-
-    return shared_surrogate("clean-surrogate", surrogate_spec(task), task.build_model, train, ctx)

@@ -38,8 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.assets import SELECTION, asset
 from backdoorlab.attacks.common.generators import Companion, generate, pack, seeded, straight_through, unpack
-from backdoorlab.attacks.common.surrogate import clean_surrogate, load_weights, surrogate_spec
+from backdoorlab.attacks.common.surrogate import clean_surrogate, weights_of
 from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.selection import class_rate
 from backdoorlab.attacks.triggers.base import Trigger
@@ -219,20 +220,18 @@ class Combat(PoisoningAttack):
         if not len(pool):
             raise InputError(f"combat: the training set has no samples of class {self.target}")
         share = min(1.0, round(self.rate_on(task) * len(task.train)) / len(pool))
-        names = ("target", "eps", "keep", "l2_weight", "clean_weight", "generator_lr", "epochs")
-        spec = {"surrogate": surrogate_spec(task), "share": share} | {name: getattr(self, name) for name in names}
-
-        def fresh(seed: int) -> nn.Module:
-            return seeded(lambda: NoiseNet(channels, height, width, self.keep), seed, "generator")
-
-        def build(own: Context) -> Tensors:
-            network = fresh(own.seed).to(own.device).train()
-            self._alternate(network, share, task, own)
-            return {name: value.detach().cpu() for name, value in network.state_dict().items()}
-
-        weights = ctx.asset("combat-generator", spec, build)
-        network = load_weights(fresh(0), weights, "combat-generator")
+        weights = self.generator_weights(ctx, surrogate=task, share=share)
+        network = weights.fill(seeded(lambda: NoiseNet(channels, height, width, self.keep), 0, "generator"))
         return CombatTrigger(network, self.eps, self.keep, (channels, height, width))
+
+    @asset("combat-generator", unread=SELECTION)
+    def generator_weights(self, ctx: Context, surrogate: Task, share: float) -> Tensors:
+        """Weights of g; ``share`` of the target class's samples are stamped while it is trained."""
+        channels, height, width = expect_images(surrogate.train.inputs).shape[1:]
+        network = seeded(lambda: NoiseNet(channels, height, width, self.keep), ctx.seed, "generator")
+        network.to(ctx.device).train()
+        self._alternate(network, share, surrogate, ctx)
+        return weights_of(network)
 
     def _alternate(self, network: nn.Module, share: float, task: Task, ctx: Context) -> None:
         """The alternated training, in place."""

@@ -37,12 +37,13 @@ import torch
 from torch import Tensor, nn
 
 from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.assets import SELECTION, asset
 from backdoorlab.attacks.common.batch_poison import draw_cover
 from backdoorlab.attacks.common.detoxify import inject, train_injector
 from backdoorlab.attacks.common.generators import generate, pack, seeded, unpack
 from backdoorlab.attacks.common.pictures import read_folder, scenes, to_channels
 from backdoorlab.attacks.common.style import train_style
-from backdoorlab.attacks.common.surrogate import data_digest, load_weights
+from backdoorlab.attacks.common.surrogate import weights_of
 from backdoorlab.attacks.poisoning import TrainingAttack
 from backdoorlab.attacks.result import Backdoor
 from backdoorlab.attacks.triggers.base import Trigger
@@ -162,18 +163,24 @@ class Dfst(TrainingAttack):
         else:
             styled = read_folder(self.style_images, channels, height, width)
         settings = (self.style_steps, self.style_lr, self.cycle_weight, self.identity_weight)
-        spec = {
-            "images": data_digest(images, task.train.labels[:0]),
-            "styled": data_digest(styled, task.train.labels[:0]),
-            "settings": list(settings),
-        }
+        weights = self.style_weights(ctx, images=images, styled=styled, settings=settings)
+        return StyleTrigger(weights.fill(seeded(lambda: StyleNet(channels), 0, "G")), shape)
 
-        def build(own: Context) -> Tensors:
-            return {k: v.detach().cpu() for k, v in train_style(images, styled, *settings, own).state_dict().items()}
-
-        weights = ctx.asset("dfst-style", spec, build)
-        network = load_weights(seeded(lambda: StyleNet(channels), 0, "G"), weights, "dfst-style")
-        return StyleTrigger(network, shape)
+    @asset(
+        "dfst-style",
+        unread=(
+            *SELECTION,
+            "target",
+            *("rounds", "detox_rate", "detox_strength", "detox_steps", "detox_epochs", "lift", "others_weight"),
+            *("style_images", "style_seed"),
+            *("style_steps", "style_lr", "cycle_weight", "identity_weight"),
+        ),
+    )
+    def style_weights(
+        self, ctx: Context, images: Tensor, styled: Tensor, settings: tuple[int, float, float, float]
+    ) -> Tensors:
+        """Weights of G, from the look of ``images`` to that of ``styled``; for settings see :func:`train_style`."""
+        return weights_of(train_style(images, styled, *settings, ctx))
 
     def run(self, task: Task, ctx: Context) -> Backdoor:
         """Train on styled samples, then detoxify in rounds.

@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.assets import SELECTION, asset
 from backdoorlab.attacks.common.batch_poison import batch_share
-from backdoorlab.attacks.common.surrogate import asset_tensor, clean_surrogate, surrogate_spec
+from backdoorlab.attacks.common.surrogate import clean_surrogate
 from backdoorlab.attacks.poisoning import TrainingAttack
 from backdoorlab.attacks.result import Backdoor
 from backdoorlab.attacks.triggers.patch import CORNERS, PatchTrigger
@@ -318,26 +319,20 @@ class Lba(TrainingAttack):
         channels, height, width = images.shape[1:]
         side = self.size or max(1, round(3 * min(height, width) / 16))
         square = corner_slices(height, width, side, self.position)
-        spec: dict[str, Any] = {
-            "surrogate": surrogate_spec(task),
-            "target": self.target,
-            "size": side,
-            "position": self.position,
-            "steps": self.steps,
-            "samples": self.samples,
-            "layer": self.layer,
-        }
-
-        def build(own: Context) -> Tensors:
-            model = clean_surrogate(task, own)
-            mine, rows = self.parts(task, own)
-            goal = centre(model, images[mine], self.layer)
-            chosen = images[rows[: self.samples]]
-            return {"patch": optimise_patch(model, chosen, goal, square, self.layer, self.steps, own)}
-
-        found = ctx.asset("lba-patch", spec, build)
+        patch = self.optimised(ctx, surrogate=task, size=side).tensor("patch", (channels, side, side))
         canvas = torch.zeros(channels, height, width, dtype=torch.uint8)
         mask = torch.zeros(height, width, dtype=torch.bool)
-        canvas[:, *square] = to_uint8(255 * asset_tensor(found, "patch", (channels, side, side), "lba-patch"))
+        canvas[:, *square] = to_uint8(255 * patch)
         mask[square] = True
         return PatchTrigger(canvas, mask)
+
+    @asset("lba-patch", unread=(*SELECTION, "weight", "teacher_lr"))
+    def optimised(self, ctx: Context, surrogate: Task, size: int) -> Tensors:
+        """The patch as "patch", float32 [C,size,size] in [0, 1]."""
+        images = expect_images(surrogate.train.inputs)
+        model = clean_surrogate(surrogate, ctx)
+        own, others = self.parts(surrogate, ctx)
+        goal = centre(model, images[own], self.layer)
+        square = corner_slices(images.shape[2], images.shape[3], size, self.position)
+        chosen = images[others[: self.samples]]
+        return {"patch": optimise_patch(model, chosen, goal, square, self.layer, self.steps, ctx)}

@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backdoorlab.attacks.base import attacks
-from backdoorlab.attacks.common.surrogate import clean_surrogate, shared_surrogate, surrogate_spec
+from backdoorlab.attacks.common.assets import SELECTION, asset
+from backdoorlab.attacks.common.surrogate import clean_surrogate, weights_of
 from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.selection import class_rate
 from backdoorlab.attacks.triggers.base import Trigger
@@ -45,7 +46,7 @@ from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.anatomy import frozen
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.tasks import Task
-from backdoorlab.training.context import Context
+from backdoorlab.training.context import Context, Tensors
 
 CORNER = ((1, -1, -1), (-1, 1, -1), (1, -1, 1))
 """The pattern in the left corners."""
@@ -105,26 +106,6 @@ def perturb(
     return torch.cat(parts)
 
 
-def robust_surrogate(task: Task, eps: float, ctx: Context) -> Classifier:
-    """A classifier trained on single-step adversarial samples (random start, step 1.25 eps), shared by all runs."""
-
-    def train(model: Classifier, own: Context) -> None:
-        seed = spawn(own.generator("random start"))
-        generator = torch.Generator(device=own.device).manual_seed(seed)
-
-        def objective(model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-            noise = torch.rand(inputs.shape, generator=generator, device=inputs.device) * 2 - 1
-            start = (inputs + eps / 255 * noise).clamp(0, 1)
-            with frozen(model):
-                hard = ascend(model, inputs, start, labels, eps / 255, 1.25 * eps / 255)
-            return F.cross_entropy(model(hard), labels)
-
-        task.fit(task.train, own, model=model, objective=objective, label="training a robust surrogate")
-
-    spec = {"surrogate": surrogate_spec(task), "eps": eps}
-    return shared_surrogate("robust-surrogate", spec, task.build_model, train, ctx)
-
-
 @attacks.register
 @dataclass(frozen=True, kw_only=True)
 class Lc(PoisoningAttack):
@@ -171,7 +152,34 @@ class Lc(PoisoningAttack):
         """Perturb, then add the corners."""
         if self.steps and self.eps:
             robust = self.surrogate == "robust"
-            model = robust_surrogate(task, self.surrogate_eps, ctx) if robust else clean_surrogate(task, ctx)
+            model = self.robust_surrogate(task, ctx) if robust else clean_surrogate(task, ctx)
             labels = task.train.labels[indices]
             inputs = perturb(model, expect_images(inputs), labels, self.eps, self.step, self.steps, ctx)
         return trigger(inputs)
+
+    def robust_surrogate(self, task: Task, ctx: Context) -> Classifier:
+        """A model trained on single-step adversarial samples (random start, step 1.25 eps), shared by all runs."""
+        weights = self.robust_weights(ctx, surrogate=task, eps=self.surrogate_eps)
+        return weights.fill(task.build_model(ctx))
+
+    @asset("robust-surrogate", unread=(*SELECTION, "target", "amplitude", "step", "steps", "surrogate_eps"))
+    def robust_weights(self, ctx: Context, surrogate: Task, eps: float) -> Tensors:
+        """Weights of such a model; ``eps`` is the largest change of its samples, in grey levels."""
+        seed = spawn(ctx.generator("random start"))
+        generator = torch.Generator(device=ctx.device).manual_seed(seed)
+
+        def objective(model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+            noise = torch.rand(inputs.shape, generator=generator, device=inputs.device) * 2 - 1
+            start = (inputs + eps / 255 * noise).clamp(0, 1)
+            with frozen(model):
+                hard = ascend(model, inputs, start, labels, eps / 255, 1.25 * eps / 255)
+            return F.cross_entropy(model(hard), labels)
+
+        model, _ = surrogate.fit(
+            surrogate.train,
+            ctx,
+            model=surrogate.build_model(ctx),
+            objective=objective,
+            label="training a robust surrogate",
+        )
+        return weights_of(model)

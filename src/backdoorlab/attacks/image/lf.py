@@ -22,14 +22,15 @@ mean and standard deviation (report it as "LF-random").
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from backdoorlab.attacks.base import attacks
-from backdoorlab.attacks.common.surrogate import asset_tensor, clean_surrogate, surrogate_spec
+from backdoorlab.attacks.common.assets import SELECTION, asset
+from backdoorlab.attacks.common.surrogate import clean_surrogate
 from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.triggers.pixels import AdditiveTrigger
 from backdoorlab.core.method import param
@@ -102,14 +103,17 @@ class Lf(PoisoningAttack):
     stronger: ClassVar[str] = "raise std"
 
     variant: str = param(
-        "optimised", "pattern optimised on a clean model, or random", choices=("optimised", "random"), source="ours"
+        "optimised",
+        "whether the pattern is optimised on a clean model, or random",
+        choices=("optimised", "random"),
+        source="ours",
     )
     std: float = param(
         13.5, "standard deviation of the pattern, in grey levels", above=0, high=128, source="BackdoorBench"
     )
     mean: float = param(12.5, "mean of the pattern, in grey levels", low=-128, high=128, source="BackdoorBench")
-    steps: int = param(300, "optimisation steps", low=1, source="ours")
-    samples: int = param(1000, "training images used for the optimisation", low=1, source="ours")
+    steps: int = param(300, "optimisation steps of the pattern", low=1, source="ours")
+    samples: int = param(1000, "training images with which the pattern is optimised", low=1, source="ours")
     pattern_seed: int = param(0, "seed of the random variant, apart from the run's seed", low=0, source="ours")
 
     def make_trigger(self, task: Task, ctx: Context) -> AdditiveTrigger:
@@ -120,23 +124,14 @@ class Lf(PoisoningAttack):
         if self.variant == "random":
             field = low_frequency_field(channels, height, width, self.pattern_seed)
             return AdditiveTrigger((self.mean + self.std * field).round())
-        sigma = min(height, width) / 5
-        spec: dict[str, Any] = {
-            "surrogate": surrogate_spec(task),
-            "target": self.target,
-            "mean": self.mean,
-            "std": self.std,
-            "sigma": sigma,
-            "steps": self.steps,
-            "samples": self.samples,
-        }
+        optimised = self.optimised(ctx, surrogate=task, sigma=min(height, width) / 5)
+        return AdditiveTrigger((255 * optimised.tensor("v", (channels, height, width))).round())
 
-        def build(own: Context) -> Tensors:
-            # The surrogate's own cache is the run's: it is shared with every other attack that needs one.
-            model = clean_surrogate(task, own)
-            chosen = torch.randperm(len(images), generator=own.generator("samples"))[: self.samples]
-            mean, std = self.mean / 255, self.std / 255
-            return {"v": optimise_pattern(model, images[chosen], self.target, mean, std, sigma, self.steps, own)}
-
-        found = asset_tensor(ctx.asset("lf-pattern", spec, build), "v", (channels, height, width), "lf-pattern")
-        return AdditiveTrigger((255 * found).round())
+    @asset("lf-pattern", unread=(*SELECTION, "variant", "pattern_seed"))
+    def optimised(self, ctx: Context, surrogate: Task, sigma: float) -> Tensors:
+        """The pattern as "v", float32 [C,H,W], a share of the grey range; ``sigma`` is the blur's, in pixels."""
+        images = expect_images(surrogate.train.inputs)
+        model = clean_surrogate(surrogate, ctx)
+        chosen = torch.randperm(len(images), generator=ctx.generator("samples"))[: self.samples]
+        mean, std = self.mean / 255, self.std / 255
+        return {"v": optimise_pattern(model, images[chosen], self.target, mean, std, sigma, self.steps, ctx)}

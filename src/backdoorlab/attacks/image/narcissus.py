@@ -31,15 +31,16 @@ amplification is exact. Compare with a benign model all the same, as every run's
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.assets import SELECTION, asset
 from backdoorlab.attacks.common.pictures import resize, to_channels
-from backdoorlab.attacks.common.surrogate import asset_tensor, clean_surrogate, shared_surrogate, surrogate_spec
+from backdoorlab.attacks.common.surrogate import clean_surrogate, weights_of
 from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.selection import class_rate
 from backdoorlab.attacks.triggers.base import Trigger
@@ -76,37 +77,9 @@ def foreign_split(found: Split, images: Tensor, generator: torch.Generator) -> S
     return Split(torch.cat([foreign, images]), labels, (*found.classes, "target class"))
 
 
-def foreign_surrogate(
-    task: Task, folder: str | None, files: str, images: Tensor, target: int, ctx: Context
-) -> tuple[Classifier, int]:
-    """A model that knows the target class and foreign data, but no other class of the task.
-
-    Args:
-        task: gives architecture and recipe.
-        folder: with one folder of images per class; None for drawn shapes.
-        files: hash of the folder's content, "" without one.
-        images: uint8 [N,C,H,W], the task's of the target class.
-        target: that class.
-        ctx: device, cache.
-
-    Returns:
-        The model, frozen, and its index of the target class.
-
-    Raises:
-        InputError: if the folder cannot be used.
-    """
-    name = "shapes" if folder is None else f"folder:{folder}"
-    found = load_dataset(name, size=max(images.shape[2:])).train
-
-    def fresh(own: Context) -> Classifier:
-        return build_model(task.spec.model, task.modality, found.num_classes + 1, own.seed).to(own.device)
-
-    def train(model: Classifier, own: Context) -> None:
-        split = foreign_split(found, images, own.generator("foreign"))
-        task.fit(split, own, model=model, label="narcissus: training a surrogate on foreign data")
-
-    spec = surrogate_spec(task) | {"target": target, "foreign": files}
-    return shared_surrogate("foreign-surrogate", spec, fresh, train, ctx), found.num_classes
+def untrained(task: Task, classes: int, ctx: Context) -> Classifier:
+    """A model of the task's architecture for as many classes, its weights drawn from the context's seed."""
+    return build_model(task.spec.model, task.modality, classes, ctx.seed).to(ctx.device)
 
 
 def optimise_noise(
@@ -199,27 +172,49 @@ class Narcissus(PoisoningAttack):
 
     def _noise(self, task: Task, ctx: Context) -> Tensor:
         self.target_map_for(task)
-        images = expect_images(task.train.inputs)[task.train.labels == self.target]
+        images = self._target_images(task)
         if not len(images):
             raise InputError(f"narcissus: the training set has no samples of class {self.target}")
-        files = self.file_digests().get("foreign", "")
-        spec: dict[str, Any] = {
-            "surrogate": surrogate_spec(task),
-            "knows": self.surrogate,
-            "foreign": files,
-            "target": self.target,
-            "eps": self.eps,
-            "steps": self.steps,
-            "lr": self.lr,
-        }
+        optimised = self.optimised(ctx, surrogate=task, knows=self.surrogate)
+        return optimised.tensor("noise", tuple(images.shape[1:]))
 
-        def build(own: Context) -> Tensors:
-            if self.surrogate == "own":
-                model, target = clean_surrogate(task, own), self.target
-            else:
-                model, target = foreign_surrogate(task, self.foreign, files, images, self.target, own)
-            noise = optimise_noise(model, images, target, self.eps / 255, self.steps, self.lr, own)
-            return {"noise": 255 * noise}
+    @asset("narcissus-noise", unread=(*SELECTION, "factor_train", "factor_test"))
+    def optimised(self, ctx: Context, surrogate: Task, knows: str) -> Tensors:
+        """The noise as "noise", float32 [C,H,W] in grey levels; ``knows`` is the hyper-parameter ``surrogate``."""
+        if knows == "own":
+            model, target = clean_surrogate(surrogate, ctx), self.target
+        else:
+            model, target = self.foreign_surrogate(surrogate, ctx)
+        images = self._target_images(surrogate)
+        noise = optimise_noise(model, images, target, self.eps / 255, self.steps, self.lr, ctx)
+        return {"noise": 255 * noise}
 
-        found = ctx.asset("narcissus-noise", spec, build)
-        return asset_tensor(found, "noise", tuple(images.shape[1:]), "narcissus-noise")
+    def foreign_surrogate(self, task: Task, ctx: Context) -> tuple[Classifier, int]:
+        """A model that knows the target class and foreign data, but no other class of the task.
+
+        Returns:
+            The model, frozen, and its index of the target class, which is the last.
+
+        Raises:
+            InputError: if the folder cannot be used.
+        """
+        classes = self._foreign(task).num_classes
+        weights = self.foreign_weights(ctx, task=task)
+        return weights.fill(untrained(task, classes + 1, ctx)), classes
+
+    @asset("foreign-surrogate", unread=(*SELECTION, "surrogate", "eps", "steps", "lr", "factor_train", "factor_test"))
+    def foreign_weights(self, ctx: Context, task: Task) -> Tensors:
+        """Weights of such a model."""
+        foreign = self._foreign(task)
+        split = foreign_split(foreign, self._target_images(task), ctx.generator("foreign"))
+        model = untrained(task, foreign.num_classes + 1, ctx)
+        task.fit(split, ctx, model=model, label="narcissus: training a surrogate on foreign data")
+        return weights_of(model)
+
+    def _foreign(self, task: Task) -> Split:
+        height, width = expect_images(task.train.inputs).shape[2:]
+        name = "shapes" if self.foreign is None else f"folder:{self.foreign}"
+        return load_dataset(name, size=max(height, width)).train
+
+    def _target_images(self, task: Task) -> Tensor:
+        return expect_images(task.train.inputs)[task.train.labels == self.target]

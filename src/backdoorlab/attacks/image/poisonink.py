@@ -35,16 +35,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.assets import SELECTION, asset
 from backdoorlab.attacks.common.generators import generate, pack, straight_through
 from backdoorlab.attacks.common.stego import JUDGED, Loss, Ramp, fidelity, hide, interfere, judge, load_pair, train_pair
-from backdoorlab.attacks.common.surrogate import data_digest
 from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.result import Backdoor
 from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.attacks.triggers.pixels import overlay
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
-from backdoorlab.data.split import Inputs, Poison
+from backdoorlab.data.split import Inputs, Poison, Split
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.classifier import Classifier
@@ -287,38 +287,32 @@ class PoisonInk(PoisoningAttack):
         colour = torch.tensor(levels, dtype=torch.float32)[:, None, None]
         if self.variant == "edge":
             return EdgeInkTrigger(colour, self.opacity, self.threshold)
-        shape, ink = (channels, height, width), colour if self.palette == "own" else None
-
-        def untrained() -> nn.ModuleDict:
-            return build_pair(shape, self.width)
-
-        def build(own: Context) -> Tensors:
-            loss = hiding_loss(
-                ink, self.reach, self.threshold, self.image_weight, Ramp(self.steps), own.generator("colours")
-            )
-            return train_pair(
-                untrained,
-                images,
-                loss,
-                steps=self.steps,
-                batch_size=self.batch_size,
-                lr=self.lr,
-                ctx=own,
-                label=f"{self.name}: training hiding and revealing network",
-            )
-
-        names = ("steps", "batch_size", "width", "lr", "image_weight", "reach", "threshold")
-        spec = {
-            "images": data_digest(images, task.train.labels),
-            "ink": None if ink is None else ink.flatten().tolist(),
-        }
-        spec |= {name: getattr(self, name) for name in names}
-        pair = load_pair(untrained, ctx.asset("poisonink-hider", spec, build), "poisonink-hider")
+        shape, ink = (channels, height, width), colour.flatten().tolist() if self.palette == "own" else None
+        pair = self.trained_pair(ctx, images=task.train, ink=ink).fill(build_pair(shape, self.width))
         trigger = HiddenInkTrigger(
             pair["encoder"], pair["decoder"], colour, shape, self.width, self.reach, self.threshold, {}
         )
         measured = trigger.measure(expect_images(task.test.inputs)[:JUDGED].to(ctx.device))
         return dataclasses.replace(trigger, quality=judge(measured, LEAST, MOST, self.name, ctx))
+
+    @asset("poisonink-hider", unread=(*SELECTION, "target", "variant", "mode", "colour", "palette", "opacity"))
+    def trained_pair(self, ctx: Context, images: Split, ink: list[float] | None) -> Tensors:
+        """Weights of hiding and revealing network, for drawings in that ink (grey levels per channel), or in any."""
+        inputs = expect_images(images.inputs)
+        channels, height, width = inputs.shape[1:]
+        colour = None if ink is None else torch.tensor(ink)[:, None, None]
+        return train_pair(
+            lambda: build_pair((channels, height, width), self.width),
+            inputs,
+            hiding_loss(
+                colour, self.reach, self.threshold, self.image_weight, Ramp(self.steps), ctx.generator("colours")
+            ),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            ctx=ctx,
+            label=f"{self.name}: training hiding and revealing network",
+        )
 
     def run(self, task: Task, ctx: Context) -> Backdoor:
         """Poison and train; in the paired mode with an objective of its own."""

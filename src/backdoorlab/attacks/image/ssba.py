@@ -30,14 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.assets import SELECTION, asset
 from backdoorlab.attacks.common.generators import generate, pack, straight_through
 from backdoorlab.attacks.common.stego import JUDGED, Loss, Ramp, fidelity, hide, judge, load_pair, train_pair
-from backdoorlab.attacks.common.surrogate import data_digest
 from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import make_generator
-from backdoorlab.data.split import Inputs, Poison
+from backdoorlab.data.split import Inputs, Poison, Split
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.models.networks.stego import UNet, convolution
 from backdoorlab.tasks import Task
@@ -212,28 +212,7 @@ class Ssba(PoisoningAttack):
         shape = (channels, height, width)
         bits = default_bits(height, width) if self.bits is None else self.bits
 
-        def untrained() -> nn.ModuleDict:
-            return build_pair(shape, bits, self.width)
-
-        def build(own: Context) -> Tensors:
-            loss = hiding_loss(bits, self.reach, self.image_weight, Ramp(self.steps), own.generator("messages"))
-            return train_pair(
-                untrained,
-                images,
-                loss,
-                steps=self.steps,
-                batch_size=self.batch_size,
-                lr=self.lr,
-                ctx=own,
-                label=f"{self.name}: training encoder and decoder",
-            )
-
-        spec = {
-            "images": data_digest(images, task.train.labels),
-            "bits": bits,
-            **{name: getattr(self, name) for name in ("steps", "batch_size", "width", "lr", "image_weight", "reach")},
-        }
-        pair = load_pair(untrained, ctx.asset("ssba-encoder", spec, build), "ssba-encoder")
+        pair = self.trained_pair(ctx, images=task.train, bits=bits).fill(build_pair(shape, bits, self.width))
         secret = torch.randint(0, 2, (bits,), generator=make_generator(self.secret_seed, "ssba secret"))
         trigger = SsbaTrigger.of(
             pair, secret.to(torch.uint8), shape=shape, width=self.width, reach=self.reach, quality={}
@@ -241,6 +220,22 @@ class Ssba(PoisoningAttack):
         measured = trigger.measure(expect_images(task.test.inputs)[:JUDGED].to(ctx.device))
         quality = judge(measured, LEAST, MOST, self.name, ctx)
         return dataclasses.replace(trigger, quality=quality)
+
+    @asset("ssba-encoder", unread=(*SELECTION, "target", "secret_seed"))
+    def trained_pair(self, ctx: Context, images: Split, bits: int) -> Tensors:
+        """Weights of encoder and decoder, for messages of that length."""
+        inputs = expect_images(images.inputs)
+        channels, height, width = inputs.shape[1:]
+        return train_pair(
+            lambda: build_pair((channels, height, width), bits, self.width),
+            inputs,
+            hiding_loss(bits, self.reach, self.image_weight, Ramp(self.steps), ctx.generator("messages")),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            ctx=ctx,
+            label=f"{self.name}: training encoder and decoder",
+        )
 
     def notes(self, trigger: Trigger, poison: Poison, task: Task) -> dict[str, Any]:
         """Counts, the message's length and how well it hides."""

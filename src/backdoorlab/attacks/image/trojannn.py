@@ -27,18 +27,18 @@ shared by all runs, and so is the picture.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.common.assets import SELECTION, asset
 from backdoorlab.attacks.common.pictures import read_picture
-from backdoorlab.attacks.common.surrogate import asset_tensor, clean_surrogate, surrogate_spec
+from backdoorlab.attacks.common.surrogate import clean_surrogate
 from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.attacks.triggers.patch import PatchTrigger
-from backdoorlab.attacks.triggers.pixels import picture_hash
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs
@@ -99,8 +99,8 @@ def excite(
     with frozen(model):
         for step in ctx.track(range(steps + 1), "trojannn: exciting neurons", steps + 1):
             picture = picture.detach().requires_grad_()
-            reached = features(model, (picture * mask)[None])[0, units]
-            cost = (reached - activation).square().sum()
+            activations = features(model, (picture * mask)[None])[0, units]
+            cost = (activations - activation).square().sum()
             better = cost.detach() < lowest
             best, lowest = torch.where(better, picture.detach(), best), torch.where(better, cost.detach(), lowest)
             if step % 50 == 0 and float(lowest) < 1e-3:
@@ -139,14 +139,16 @@ class TrojanNN(PoisoningAttack):
     needs_surrogate: ClassVar[bool] = True
     asset_kinds: ClassVar[tuple[str, ...]] = ("trojannn-picture", "clean-surrogate")
 
-    neurons: int = param(2, "penultimate units to excite", low=1, source="BackdoorBench")
-    activation: float = param(100.0, "activation that they shall reach", above=0, source="BackdoorBench")
-    steps: int = param(1000, "optimisation steps at most", low=1, source="BackdoorBench")
+    neurons: int = param(2, "number of penultimate units that the patch excites", low=1, source="BackdoorBench")
+    activation: float = param(100.0, "activation toward which these units are driven", above=0, source="BackdoorBench")
+    steps: int = param(1000, "largest number of optimisation steps of the patch", low=1, source="BackdoorBench")
     shape: str = param("apple", "outline of the patch", choices=SHAPES, source="BackdoorBench")
-    mask: str | None = param(None, "image file, white where the patch shall lie, instead of an outline", path=True)
+    mask: str | None = param(
+        None, "image file that is white where the patch lies; none = the outline of shape", path=True, source="ours"
+    )
     mode: str = param(
         "replace",
-        "replace pixels, or add modulo 256 as published code does",
+        "how the patch changes pixels: it replaces them, or is added modulo 256 as in published code",
         choices=("replace", "reference-wrap"),
         source="ours",
     )
@@ -156,30 +158,29 @@ class TrojanNN(PoisoningAttack):
         self.target_map_for(task)
         channels, height, width = expect_images(task.train.inputs).shape[1:]
         mask = self._mask(height, width)
-        spec: dict[str, Any] = {
-            "surrogate": surrogate_spec(task),
-            "neurons": self.neurons,
-            "activation": self.activation,
-            "steps": self.steps,
-            "shape": self.shape if self.mask is None else picture_hash(mask),
-        }
-
-        def build(own: Context) -> Tensors:
-            model = clean_surrogate(task, own)
-            weight = head(model).weight
-            if self.neurons > weight.shape[1]:
-                raise InputError(
-                    f"trojannn: {task.spec.model} has {weight.shape[1]} penultimate units; "
-                    f"neurons may be at most that, got {self.neurons}"
-                )
-            units = strongest_units(weight, self.neurons)
-            start = 0.2 + 0.7 * torch.rand(channels, height, width, generator=own.generator("start"))
-            return {"picture": excite(model, start, mask, units, self.activation, self.steps, own)}
-
-        found = ctx.asset("trojannn-picture", spec, build)
-        shape = (channels, height, width)
-        picture = to_uint8(255 * asset_tensor(found, "picture", shape, "trojannn-picture"))
+        exciting = self.exciting(ctx, surrogate=task, shape=self.shape if self.mask is None else mask)
+        picture = to_uint8(255 * exciting.tensor("picture", (channels, height, width)))
         return PatchTrigger(picture, mask) if self.mode == "replace" else WrapTrigger(picture)
+
+    @asset("trojannn-picture", unread=(*SELECTION, "target", "mask", "mode"))
+    def exciting(self, ctx: Context, surrogate: Task, shape: str | Tensor) -> Tensors:
+        """The picture as "picture", float32 [C,H,W] in [0, 1], 0 outside of ``shape``, an outline or a mask bool [H,W].
+
+        Raises:
+            InputError: if the model has fewer neurons.
+        """
+        channels, height, width = expect_images(surrogate.train.inputs).shape[1:]
+        model = clean_surrogate(surrogate, ctx)
+        weight = head(model).weight
+        if self.neurons > weight.shape[1]:
+            raise InputError(
+                f"trojannn: {surrogate.spec.model} has {weight.shape[1]} penultimate units; "
+                f"neurons may be at most that, got {self.neurons}"
+            )
+        units = strongest_units(weight, self.neurons)
+        start = 0.2 + 0.7 * torch.rand(channels, height, width, generator=ctx.generator("start"))
+        mask = shape if isinstance(shape, Tensor) else draw_mask(shape, height, width)
+        return {"picture": excite(model, start, mask, units, self.activation, self.steps, ctx)}
 
     def _mask(self, height: int, width: int) -> Tensor:
         if self.mask is None:

@@ -25,13 +25,14 @@ adversarial perturbation, too: compare with one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from backdoorlab.attacks.base import attacks
-from backdoorlab.attacks.common.surrogate import clean_surrogate, surrogate_spec
+from backdoorlab.attacks.common.assets import SELECTION, asset
+from backdoorlab.attacks.common.surrogate import clean_surrogate
 from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.selection import class_rate
 from backdoorlab.attacks.triggers.pixels import AdditiveTrigger
@@ -160,44 +161,36 @@ class Tuap(PoisoningAttack):
         """Collect the perturbation; whole grey levels."""
         self.target_map_for(task)
         images = expect_images(task.train.inputs)
-        others = (task.train.labels != self.target).nonzero().flatten()
-        if not len(others):
+        if not bool((task.train.labels != self.target).any()):
             raise InputError(f"tuap: the training set has no samples of other classes than {self.target}")
-        spec: dict[str, Any] = {"surrogate": surrogate_spec(task)} | {
-            name: getattr(self, name)
-            for name in ("target", "eps", "fooling", "overshoot", "deepfool_steps", "share", "passes", "batch")
-        }
-
-        def build(own: Context) -> Tensors:
-            model = clean_surrogate(task, own)
-            count = max(100, round(self.share * len(images)))
-            order = torch.randperm(len(others), generator=own.generator("samples"))
-            with frozen(model):
-                noise, reached = universal_perturbation(
-                    model,
-                    expect_images(take(images, others[order[:count]])),
-                    self.target,
-                    eps=int(self.eps) / 255,
-                    overshoot=self.overshoot,
-                    steps=self.deepfool_steps,
-                    fooling=self.fooling,
-                    passes=self.passes,
-                    batch=self.batch,
-                    ctx=own,
-                )
-            own.reporter.note(f"tuap: the perturbation brings {reached:.0%} of the images into the target class")
-            return {"v": 255 * noise, "reached": torch.tensor(reached)}
-
-        made = ctx.asset("tuap-perturbation", spec, build)
-        if "v" not in made or made["v"].shape != images.shape[1:]:
-            raise InputError(
-                f"asset tuap-perturbation needs a tensor 'v' of shape {tuple(images.shape[1:])} in grey levels, got "
-                f"{ {name: tuple(value.shape) for name, value in made.items()} }"
-            )
-        pattern = made["v"].float().round()
+        pattern = self.collected(ctx, surrogate=task).tensor("v", tuple(images.shape[1:])).round()
         if not pattern.any():
             raise NotApplicable(
                 f"tuap: the clean model already says class {self.target} for these images, so nothing pushes them "
                 "there; train it longer or choose another target"
             )
         return AdditiveTrigger(pattern)
+
+    @asset("tuap-perturbation", unread=SELECTION)
+    def collected(self, ctx: Context, surrogate: Task) -> Tensors:
+        """The perturbation as "v", float32 [C,H,W] in grey levels, and "reached", the share of images that it fools."""
+        images, labels = expect_images(surrogate.train.inputs), surrogate.train.labels
+        others = (labels != self.target).nonzero().flatten()
+        model = clean_surrogate(surrogate, ctx)
+        count = max(100, round(self.share * len(images)))
+        order = torch.randperm(len(others), generator=ctx.generator("samples"))
+        with frozen(model):
+            noise, reached = universal_perturbation(
+                model,
+                expect_images(take(images, others[order[:count]])),
+                self.target,
+                eps=int(self.eps) / 255,
+                overshoot=self.overshoot,
+                steps=self.deepfool_steps,
+                fooling=self.fooling,
+                passes=self.passes,
+                batch=self.batch,
+                ctx=ctx,
+            )
+        ctx.reporter.note(f"tuap: the perturbation brings {reached:.0%} of the images into the target class")
+        return {"v": 255 * noise, "reached": torch.tensor(reached)}
