@@ -25,7 +25,7 @@ from backdoorlab.attacks.image.input_aware import (
     spread,
     train_mask,
 )
-from backdoorlab.attacks.image.lc import draw_corners, perturb, robust_surrogate
+from backdoorlab.attacks.image.lc import Lc, draw_corners, perturb
 from backdoorlab.attacks.image.lira import LiraObjective, LiraTrigger
 from backdoorlab.attacks.image.narcissus import foreign_split, optimise_noise
 from backdoorlab.attacks.image.trojannn import WrapTrigger, draw_mask, excite, strongest_units
@@ -470,7 +470,7 @@ def test_lc_perturbation_step_by_step(digits_task: Task, benign_digits: Classifi
 
 def test_lc_robust_surrogate_withstands_more(digits_task: Task, benign_digits: Classifier) -> None:
     """The same attack on both: the adversarially trained model keeps a higher accuracy."""
-    robust = robust_surrogate(digits_task, 16.0, Context())
+    robust = Lc(surrogate_eps=16.0).robust_surrogate(digits_task, Context())
     images, labels = digits_task.test.inputs[:200], digits_task.test.labels[:200]
     kept = []
     for model in (benign_digits, robust):
