@@ -66,11 +66,11 @@ def below(share: Tensor, count: Tensor | int) -> Tensor:
 
 def pick(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Pixels of each image at its own rows int64 [N,H'] and columns int64 [N,W']: [N,C,H',W']."""
-    own = torch.arange(len(images), device=images.device)[:, None, None]
-    return images[own, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+    sample = torch.arange(len(images), device=images.device)[:, None, None]
+    return images[sample, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
-def mix_halves(images: Tensor, others: Tensor, draws: Tensor, jitter: float, shake: float) -> Tensor:
+def mix_halves(images: Tensor, others: Tensor, draws: Tensor, jitter: float, window_spread: float) -> Tensor:
     """A window of one picture beside (or above) a window of another; both fill the image together.
 
     Args:
@@ -78,17 +78,20 @@ def mix_halves(images: Tensor, others: Tensor, draws: Tensor, jitter: float, sha
         others: likewise.
         draws: float [N, DRAWS] in [0, 1).
         jitter: how far the cut may be from the middle / side.
-        shake: 1 takes windows from anywhere, 0 from the middle.
+        window_spread: 1 takes windows from anywhere, 0 from the middle.
 
     Returns:
         uint8 [N,C,H,W].
     """
     beside, swapped = draws[:, 1] < 0.5, draws[:, 2] < 0.5
     side = torch.where(beside, images.shape[3], images.shape[2])
-    reach = (jitter * side).round().long()
-    cut = side // 2 - reach + below(draws[:, 3], 2 * reach + 1)
+    max_shift = (jitter * side).round().long()
+    cut = side // 2 - max_shift + below(draws[:, 3], 2 * max_shift + 1)
     # A window narrower than the picture by "slack" pixels starts at one of slack + 1 places.
-    starts = [below(0.5 + shake * (u - 0.5), slack + 1) for u, slack in ((draws[:, 4], side - cut), (draws[:, 5], cut))]
+    starts = [
+        below(0.5 + window_spread * (u - 0.5), slack + 1)
+        for u, slack in ((draws[:, 4], side - cut), (draws[:, 5], cut))
+    ]
     first, second = starts[0], starts[1] - cut
 
     def along(length: int, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,11 +103,11 @@ def mix_halves(images: Tensor, others: Tensor, draws: Tensor, jitter: float, sha
 
     rows, above = along(images.shape[2], ~beside)
     columns, left = along(images.shape[3], beside)
-    own = (above[:, None, :, None] & left[:, None, None, :]) ^ swapped[:, None, None, None]
-    return torch.where(own, pick(images, rows, columns), pick(others, rows, columns))
+    from_images = (above[:, None, :, None] & left[:, None, None, :]) ^ swapped[:, None, None, None]
+    return torch.where(from_images, pick(images, rows, columns), pick(others, rows, columns))
 
 
-def mix_paste(images: Tensor, others: Tensor, draws: Tensor, jitter: float, shake: float) -> Tensor:
+def mix_paste(images: Tensor, others: Tensor, draws: Tensor, jitter: float, window_spread: float) -> Tensor:
     """One picture at half its size over a corner of another.
 
     Args:
@@ -112,7 +115,7 @@ def mix_paste(images: Tensor, others: Tensor, draws: Tensor, jitter: float, shak
         others: likewise.
         draws: float [N, DRAWS] in [0, 1).
         jitter: how far the small picture may be from the corner / side.
-        shake: 1 for all of that, 0 for none.
+        window_spread: 1 for all of that, 0 for none.
 
     Returns:
         uint8 [N,C,H,W].
@@ -124,7 +127,7 @@ def mix_paste(images: Tensor, others: Tensor, draws: Tensor, jitter: float, shak
 
     def along(side: int, short: int, end: Tensor, inset: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the small picture's pixels lie along one axis, and where there are any."""
-        start = below(shake * inset, round(jitter * side) + 1).clamp_max(side - short)
+        start = below(window_spread * inset, round(jitter * side) + 1).clamp_max(side - short)
         start = torch.where(end < 0.5, start, side - short - start)
         place = torch.arange(side, device=images.device) - start[:, None]
         return place.clamp(0, short - 1), (place >= 0) & (place < short)
@@ -135,9 +138,9 @@ def mix_paste(images: Tensor, others: Tensor, draws: Tensor, jitter: float, shak
     return torch.where(inside, pick(small, rows, columns), base)
 
 
-def mix(mixer: str, images: Tensor, others: Tensor, draws: Tensor, jitter: float, shake: float) -> Tensor:
+def mix(mixer: str, images: Tensor, others: Tensor, draws: Tensor, jitter: float, window_spread: float) -> Tensor:
     """Join pictures row by row by one of :data:`MIXERS`."""
-    return (mix_halves if mixer == "half" else mix_paste)(images, others, draws, jitter, shake)
+    return (mix_halves if mixer == "half" else mix_paste)(images, others, draws, jitter, window_spread)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +151,7 @@ class PartnerTrigger(Trigger):
         bank: uint8 [M,C,H,W], images of the partner class.
         mixer: one of :data:`MIXERS`.
         jitter: see the mixers.
-        shake: likewise.
+        window_spread: likewise.
         seed: of partner and place where no generator is given.
     """
 
@@ -157,7 +160,7 @@ class PartnerTrigger(Trigger):
     bank: Tensor
     mixer: str
     jitter: float
-    shake: float
+    window_spread: float
     seed: int
 
     def __call__(
@@ -167,7 +170,7 @@ class PartnerTrigger(Trigger):
         images = expect_images(inputs, self.bank.shape[1:])
         draws = sample_uniform(self.seed, images, DRAWS, indices, generator)
         others = self.bank.to(images.device)[below(draws[:, 0], len(self.bank))]
-        return mix(self.mixer, images, others, draws, self.jitter, self.shake)
+        return mix(self.mixer, images, others, draws, self.jitter, self.window_spread)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +181,7 @@ class SelfMixTrigger(Trigger):
 
     mixer: str
     jitter: float
-    shake: float
+    window_spread: float
     seed: int
 
     def __call__(
@@ -187,7 +190,7 @@ class SelfMixTrigger(Trigger):
         """Mix uint8 images [N,C,H,W] of any size."""
         images = expect_images(inputs)
         draws = sample_uniform(self.seed, images, DRAWS, indices, generator)
-        return mix(self.mixer, images, images, draws, self.jitter, self.shake)
+        return mix(self.mixer, images, images, draws, self.jitter, self.window_spread)
 
 
 def same_class(labels: Tensor, rows: Tensor, share: Tensor) -> Tensor:
@@ -233,26 +236,26 @@ class Cba(PoisoningAttack):
     mixer: str = param("half", "how two images are joined", choices=MIXERS, source="paper")
     cover_rate: float | None = param(
         None,
-        "mixed samples / size of the training set; none = half of those not poisoned",
+        "mixed samples of one class / size of the training set; none = half of those not poisoned",
         low=0,
         high=1,
         source="published code",
     )
     jitter: float = param(
         3 / 32,
-        "distance of the cut from the middle (paste: of the picture from the corner) / side, at most",
+        "largest distance of the cut from the middle (paste: of the picture from the corner) / side of the image",
         low=0,
         high=0.25,
         source="published code",
     )
-    shake: float = param(
+    window_spread: float = param(
         1.0,
-        "how freely windows are taken: 0 from the middle only, 1 from anywhere",
+        "range of the random windows and corners of the mixed images: 0 = centred, 1 = all of the image",
         low=0,
         high=1,
         source="published code",
     )
-    bank: int = param(200, "partner images stored with the trigger, at most", low=1, source="ours")
+    bank: int = param(200, "largest number of partner images stored with the trigger", low=1, source="ours")
 
     def target_map_for(self, task: Task) -> TargetMap:
         """All to one, restricted to the classes that can play A."""
@@ -299,14 +302,14 @@ class Cba(PoisoningAttack):
         expect_images(task.train.inputs)
         self.target_map_for(task)
         bank = torch.as_tensor(take(task.train.inputs, self.partners(task, ctx)[0]))
-        return PartnerTrigger(bank, self.mixer, self.jitter, self.shake, spawn(ctx.generator("places")))
+        return PartnerTrigger(bank, self.mixer, self.jitter, self.window_spread, spawn(ctx.generator("places")))
 
     def poison_inputs(self, trigger: Trigger, inputs: Inputs, indices: Tensor, task: Task, ctx: Context) -> Inputs:
         """Mix with partner images that the trigger does not have."""
         draws = torch.rand(len(indices), DRAWS, generator=ctx.generator("mix", "poison"))
         rows = self.partners(task, ctx)[1]
         others = take(task.train.inputs, rows[below(draws[:, 0], len(rows))])
-        return mix(self.mixer, expect_images(inputs), expect_images(others), draws, self.jitter, self.shake)
+        return mix(self.mixer, expect_images(inputs), expect_images(others), draws, self.jitter, self.window_spread)
 
     def cover(self, trigger: Trigger, chosen: Tensor, task: Task, ctx: Context) -> tuple[Tensor, Inputs] | None:
         """Mixtures within a class, with its label."""
@@ -316,11 +319,15 @@ class Cba(PoisoningAttack):
         draws = torch.rand(len(covered), DRAWS, generator=ctx.generator("mix", "cover"))
         others = same_class(task.train.labels, covered, draws[:, 0])
         images, partners = (expect_images(take(task.train.inputs, rows)) for rows in (covered, others))
-        return (covered, mix(self.mixer, images, partners, draws, self.jitter, self.shake)) if len(covered) else None
+        return (
+            (covered, mix(self.mixer, images, partners, draws, self.jitter, self.window_spread))
+            if len(covered)
+            else None
+        )
 
     def run(self, task: Task, ctx: Context) -> Backdoor:
         """Poison, train, and add the mixture of an image with itself as the trigger that must not work."""
-        cross = SelfMixTrigger(self.mixer, self.jitter, self.shake, spawn(ctx.generator("cross")))
+        cross = SelfMixTrigger(self.mixer, self.jitter, self.window_spread, spawn(ctx.generator("cross")))
         return dataclasses.replace(super().run(task, ctx), cross_trigger=cross)
 
     def notes(self, trigger: Trigger, poison: Poison, task: Task) -> dict[str, Any]:
