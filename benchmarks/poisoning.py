@@ -42,7 +42,7 @@ from backdoorlab.tasks import Task, TaskSpec
 from backdoorlab.training import Context, Recipe
 from backdoorlab.training.context import Silent
 
-LEAST = {"steps": 2, "pool": 100, "threshold": 1e6}
+LEAST = {"steps": 2, "pool": 100, "gate_threshold": 1e6, "threshold": 1e6}
 """Values of hyper-parameters that only lengthen preparations, wherever an attack has them (or ends a name in steps)."""
 
 

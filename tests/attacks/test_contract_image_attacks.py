@@ -30,7 +30,7 @@ QUICK: dict[str, dict[str, object]] = {
     "lf": {"steps": 3},
     "refool": {"pool": 6},
     "trojannn": {"steps": 3},
-    "blind": {"threshold": 100.0},
+    "blind": {"gate_threshold": 100.0},
     "lc": {"steps": 2},
     "narcissus": {"steps": 30},  # RAdam hardly moves before its sixth step
     "dfst": {"style_steps": 3, "detox_steps": 3},

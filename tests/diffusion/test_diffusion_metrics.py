@@ -11,7 +11,12 @@ from torch import Tensor
 
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.seeding import make_generator
-from backdoorlab.tasks.diffusion.metrics import frechet_distance, judged, squared_error, structural_similarity
+from backdoorlab.tasks.diffusion.metrics import (
+    classifier_metrics,
+    frechet_distance,
+    squared_error,
+    structural_similarity,
+)
 
 
 def _images(count: int, channels: int, side: int, name: str) -> Tensor:
@@ -75,10 +80,10 @@ def test_frechet_distance_needs_two_samples() -> None:
         frechet_distance(torch.zeros(1, 4), torch.zeros(5, 4))
 
 
-def test_judged_counts_confidence_and_coverage() -> None:
+def test_classifier_metrics_count_confidence_and_coverage() -> None:
     logits = torch.full((100, 4), -20.0)
     logits[:90, 0] = logits[90:98, 1] = logits[98:, 2] = 20.0
-    said = judged(logits)
-    assert said["judge_confidence"] == pytest.approx(1.0)
+    said = classifier_metrics(logits)
+    assert said["classifier_confidence"] == pytest.approx(1.0)
     assert said["class_shares"] == pytest.approx([0.9, 0.08, 0.02, 0.0])
     assert said["classes_covered"] == 2  # class 2 gets 2 %, less than a tenth of a quarter

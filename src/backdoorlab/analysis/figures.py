@@ -151,19 +151,21 @@ def draw_trigger(path: Path, name: str, clean: Tensor, triggered: Tensor) -> Vis
         clean: uint8 [N,C,H,W], a few images.
         triggered: the same with the trigger.
     """
-    seen = visibility(clean, triggered)
-    change, factor = magnified(clean, triggered)
+    difference = visibility(clean, triggered)
+    magnified_change, factor = magnified(clean, triggered)
     spectrum = frequency_residual(clean, triggered)
     most = max(1.0, float(spectrum.max()))
-    psnr = "identical" if seen.psnr is None else f"PSNR {seen.psnr:.1f} dB"
+    psnr = "identical" if difference.psnr is None else f"PSNR {difference.psnr:.1f} dB"
     rows = [
         Row("clean", clean),
         Row("triggered", triggered),
-        Row(f"difference\n(x{factor}, grey = none)" if factor > 1 else "difference\n(grey = none)", change),
+        Row(f"difference\n(x{factor}, grey = none)" if factor > 1 else "difference\n(grey = none)", magnified_change),
         Row(
             f"frequency residual\n(|DCT|, log scale,\nblack 0, yellow {most:.0f};\nlow at top left)",
             in_colors(spectrum, most),
         ),
     ]
-    draw_rows(path, f"{name}: the trigger", f"{psnr}    SSIM {seen.ssim:.3f}    L∞ {seen.linf} of 255", rows)
-    return seen
+    draw_rows(
+        path, f"{name}: the trigger", f"{psnr}    SSIM {difference.ssim:.3f}    L∞ {difference.linf} of 255", rows
+    )
+    return difference

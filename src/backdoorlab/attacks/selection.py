@@ -27,7 +27,7 @@ _CLEAN_ALL_TO_ALL = (
 
 DIRTY_RATE, CLEAN_RATE = 0.1, 0.05
 """Default poison rates of attacks that relabel, and of those that keep the labels of target-class samples."""
-_LOOKED_AT = 200
+_INSPECTED = 200
 """Training samples that are triggered to see whether the trigger changes anything."""
 
 
@@ -37,7 +37,7 @@ def class_rate(usual: str = "0.05") -> float | None:
     Args:
         usual: what the help says of the default, see :meth:`Attack.rate_on`.
     """
-    found: float | None = param(
+    field: float | None = param(
         None,
         f"poisoned samples / size of the training set; none = {usual}, but at most half of the samples that may be "
         "poisoned",
@@ -45,7 +45,7 @@ def class_rate(usual: str = "0.05") -> float | None:
         high=1,
         source="BackdoorBench",
     )
-    return found
+    return field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,14 @@ class ClassificationAttack(Attack):
     poison_rate: float | None = param(
         DIRTY_RATE, "poisoned samples / size of the training set", above=0, high=1, source="BackdoorBench"
     )
-    exclude_target: bool = param(False, "never choose samples that already are of the target class (dirty label)")
-    cap_rate: bool = param(False, "poison as many as there are instead of failing when the rate exceeds the capacity")
+    exclude_target: bool = param(
+        False, "never poison samples that already are of the target class (attacks that relabel)", source="ours"
+    )
+    cap_rate: bool = param(
+        False,
+        "poison all samples that may be poisoned where the poison rate asks for more, instead of failing",
+        source="ours",
+    )
 
     @classmethod
     def build(cls, settings: Mapping[str, Any]) -> Self:
@@ -159,22 +165,22 @@ class ClassificationAttack(Attack):
         return chosen
 
     def _warn_of_full_classes(self, chosen: Tensor, task: Task, ctx: Context) -> None:
-        """Tell if more than half of a class is poisoned: little is left from which to learn it."""
-        sizes, taken = (
+        """Warn if more than half of a class is poisoned: little is left from which to learn it."""
+        sizes, poisoned = (
             torch.bincount(labels, minlength=task.num_classes)
             for labels in (task.train.labels, task.train.labels[chosen])
         )
-        full = (2 * taken > sizes).nonzero().flatten().tolist()
+        full = (2 * poisoned > sizes).nonzero().flatten().tolist()
         if not full or task.spec.kind != "classification":
             return
-        worst = max(full, key=lambda k: (int(taken[k]) / int(sizes[k]), int(sizes[k])))
+        worst = max(full, key=lambda k: (int(poisoned[k]) / int(sizes[k]), int(sizes[k])))
         others = f", and of {len(full) - 1} more classes more than half" if len(full) > 1 else ""
         advice = ""
         if len(full) == 1 and self.label_mode == "clean" and int(sizes[worst]) > 1:
             half = math.floor(int(sizes[worst]) // 2 / len(task.train) * 1e4) / 1e4
             advice = f"; a poison rate of at most {half:g} leaves half of them clean" if half else ""
         ctx.warn(
-            f"{self.name}: {int(taken[worst])} of the {int(sizes[worst])} training samples of class {worst} "
+            f"{self.name}: {int(poisoned[worst])} of the {int(sizes[worst])} training samples of class {worst} "
             f"({task.train.classes[worst]}) are poisoned{others}: the model sees little of it without the trigger and "
             f"may not know it{advice}"
         )
@@ -186,16 +192,16 @@ class ClassificationAttack(Attack):
         :class:`~backdoorlab.metrics.visibility.Change` demands.
         """
         rows = self.target_map_for(task).eligible(task.train.labels).nonzero().flatten()
-        rows = rows[torch.randperm(len(rows), generator=ctx.generator("look at the trigger"))[:_LOOKED_AT]]
+        rows = rows[torch.randperm(len(rows), generator=ctx.generator("look at the trigger"))[:_INSPECTED]]
         if not len(rows):
             return
         clean = take(task.train.inputs, rows)
-        seen = change(clean, stamp_all(trigger, clean, device=ctx.device))
-        if seen.noticed >= 0.5:
+        effect = change(clean, stamp_all(trigger, clean, device=ctx.device))
+        if effect.noticed >= 0.5:
             return
-        size = "" if seen.ratio_db is None else f" ({'SNR' if seen.audible else 'PSNR'} {seen.ratio_db:.0f} dB)"
+        size = "" if effect.ratio_db is None else f" ({'SNR' if effect.audible else 'PSNR'} {effect.ratio_db:.0f} dB)"
         advice = f"; {self.stronger}, or take another attack" if self.stronger else "; take another attack"
         ctx.warn(
-            f"{self.name}: the trigger changes {seen.share:.0%} of {len(rows)} training samples looked at, and "
-            f"{seen.noticed:.0%} noticeably{size}: these data can hardly carry it{advice}"
+            f"{self.name}: the trigger changes {effect.share:.0%} of {len(rows)} training samples inspected, and "
+            f"{effect.noticed:.0%} noticeably{size}: these data can hardly carry it{advice}"
         )

@@ -79,12 +79,21 @@ class AudioBadNets(PoisoningAttack):
     trigger_visibility: ClassVar[str] = "visible"
     stronger: ClassVar[str] = "raise amplitude"
 
-    target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
-    size: int | None = param(
-        None, "samples replaced; none = 0.25 ms, but at least 4 samples", low=1, source="BackdoorMBTI"
+    target_map: str = param(
+        "all-to-one",
+        "label of triggered samples: the target class, or their class + 1 mod K",
+        choices=("all-to-one", "all-to-all"),
+        source="BackdoorBench",
     )
-    amplitude: float = param(-1.0, "value of the samples, 1 = full scale", low=-1, high=1, source="BackdoorMBTI")
-    position: str = param("start", "where in the clip", choices=("start", "middle", "end"), source="BackdoorMBTI")
+    size: int | None = param(
+        None, "number of replaced samples; none = 0.25 ms, but at least 4", low=1, source="BackdoorMBTI"
+    )
+    amplitude: float = param(
+        -1.0, "value of the replaced samples, between -1 and 1 (full scale)", low=-1, high=1, source="BackdoorMBTI"
+    )
+    position: str = param(
+        "start", "where in the clip samples are replaced", choices=("start", "middle", "end"), source="BackdoorMBTI"
+    )
 
     def make_trigger(self, task: Task, ctx: Context) -> ClipTrigger:
         """Place the click in a clip of the data's length."""

@@ -71,13 +71,28 @@ class BadDiffusion(Attack):
     poison_rate: float = param(
         0.1, "backdoor samples / size of the training set", above=0, high=1, source="paper (main table)"
     )
-    trigger_side: int | None = param(None, "side of the grey box in pixels; none: 14/32 of the image", low=1)
-    trigger_grey: float = param(0.0, "grey of the box, from -1 (black) to 1", above=-1, high=1, source="paper")
-    target_image: str = param("plus", "what triggered noise becomes", choices=("plus", "hat"), source="ours")
-    residual: str = param("trigger", "what noise is replaced by in training", choices=("trigger", "stamped"))
-    sampler: str = param("ancestral", "sampler to plant for", choices=("ancestral", "ddim"), source="paper")
-    steps: int | None = param(None, "fine-tuning steps; none: the recipe's", low=1)
-    lr: float | None = param(None, "peak learning rate; none: the recipe's", above=0)
+    trigger_side: int | None = param(
+        None, "side of the grey box in pixels; none = 14/32 of the image", low=1, source="paper"
+    )
+    trigger_grey: float = param(
+        0.0, "grey of the box, between -1 (black) and 1 (white)", above=-1, high=1, source="paper"
+    )
+    target_image: str = param(
+        "plus", "image that the model draws from triggered noise", choices=("plus", "hat"), source="ours"
+    )
+    residual: str = param(
+        "trigger",
+        "mean of the noise in training: the trigger alone, or the trigger stamped on the image",
+        choices=("trigger", "stamped"),
+        source="VillanDiffusion",
+    )
+    sampler: str = param(
+        "ancestral", "sampler for which the trigger works", choices=("ancestral", "ddim"), source="paper"
+    )
+    steps: int | None = param(None, "fine-tuning steps; none = tune_steps of the recipe", low=1, source="ours")
+    lr: float | None = param(
+        None, "peak learning rate of the fine-tuning; none = tune_lr of the recipe", above=0, source="ours"
+    )
 
     def choose(self, total: int, ctx: Context) -> Tensor:
         """Draw round(rate * N) rows of the training set: int64.
@@ -103,10 +118,10 @@ class BadDiffusion(Attack):
         shift = matched_shift(model.schedule, rho, self.sampler)
         poisoned = torch.zeros(len(task.train), dtype=torch.bool)
         poisoned[chosen] = True
-        mark, g, x_star = poisoned.to(ctx.device), trigger.to(ctx.device), target.to(ctx.device)
+        is_poisoned, g, x_star = poisoned.to(ctx.device), trigger.to(ctx.device), target.to(ctx.device)
 
         def poison(images: Tensor, indices: Tensor) -> dict[str, Tensor]:
-            backdoor = mark[indices][:, None, None, None]
+            backdoor = is_poisoned[indices][:, None, None, None]
             r = g.expand_as(images) if self.residual == "trigger" else stamped(images, g)
             return {
                 "images": torch.where(backdoor, x_star, images),

@@ -63,13 +63,21 @@ class AdapBlend(PoisoningAttack):
     trigger_visibility: ClassVar[str] = "visible"
     stronger: ClassVar[str] = "raise alpha_train and alpha_test"
 
-    alpha_train: float = param(0.15, "blend ratio of training samples", above=0, high=1, source="paper")
-    alpha_test: float = param(0.2, "blend ratio at test time", above=0, high=1, source="paper")
-    pieces: int = param(4, "pieces per side; half of all pieces are shown in training", low=1, high=16, source="paper")
+    alpha_train: float = param(
+        0.15, "blend ratio of the key image in poisoned training samples", above=0, high=1, source="paper"
+    )
+    alpha_test: float = param(0.2, "blend ratio of the key image at test time", above=0, high=1, source="paper")
+    pieces: int = param(
+        4,
+        "pieces of the key image per side; half of all pieces are blended into a training sample",
+        low=1,
+        high=16,
+        source="paper",
+    )
     cover_rate: float | None = param(
         None, "cover samples / size of the training set; none = poison_rate", low=0, high=1, source="ours"
     )
-    key: str | None = param(None, "image file to use as the key instead of a drawn one", path=True)
+    key: str | None = param(None, "image file used as the key image; none = a drawn one", path=True, source="ours")
     key_seed: int = param(0, "seed from which the key image is drawn, apart from the run's seed", low=0, source="ours")
 
     def make_trigger(self, task: Task, ctx: Context) -> BlendTrigger:

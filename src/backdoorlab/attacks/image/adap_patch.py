@@ -2,7 +2,7 @@
 
 Qi, Xie, Li, Mahloujifar, Mittal, "Revisiting the Assumption of Latent Separability for Backdoor Defenses", ICLR 2023.
 
-Four patches P_j under masks m_j with opacities a_j. Training sample number i wears patch j = i mod 4:
+Four patches P_j under masks m_j with opacities a_j. Training sample number i carries patch j = i mod 4:
 
     T_j(x) = (1 - a_j m_j) x + a_j m_j P_j
 
@@ -97,14 +97,18 @@ class AdapPatch(PoisoningAttack):
     trigger_visibility: ClassVar[str] = "visible"
     stronger: ClassVar[str] = "raise opacities and test_opacity"
 
-    opacities: tuple[float, ...] = param((0.5, 0.5, 0.2, 0.3), "opacity of each patch in training", source="paper")
-    test_patches: int = param(2, "how many patches are worn at test time", low=1, high=4, source="paper")
-    test_opacity: float = param(1.0, "opacity at test time", above=0, high=1, source="paper")
+    opacities: tuple[float, ...] = param(
+        (0.5, 0.5, 0.2, 0.3), "opacity of each of the four patches in training samples", source="paper"
+    )
+    test_patches: int = param(2, "number of patches pasted at test time", low=1, high=4, source="paper")
+    test_opacity: float = param(1.0, "opacity of the patches at test time", above=0, high=1, source="paper")
     cover_rate: float | None = param(
         None, "cover samples / size of the training set; none = twice the poison rate", low=0, high=1, source="paper"
     )
-    patch_seed: int = param(0, "seed of the patches, apart from the run's seed", low=0, source="ours")
-    patches: tuple[str, ...] | None = param(None, "four image files to use as patches instead of drawn ones", path=True)
+    patch_seed: int = param(0, "seed of the drawn patches, apart from the run's seed", low=0, source="ours")
+    patches: tuple[str, ...] | None = param(
+        None, "four image files used as patches; none = drawn ones", path=True, source="ours"
+    )
 
     def __post_init__(self) -> None:
         """Check the opacities too."""

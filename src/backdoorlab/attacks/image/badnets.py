@@ -43,18 +43,37 @@ class BadNets(PoisoningAttack):
     trigger_visibility: ClassVar[str] = "visible"
     stronger: ClassVar[str] = "raise size"
 
-    target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
+    target_map: str = param(
+        "all-to-one",
+        "label of triggered samples: the target class, or their class + 1 mod K",
+        choices=("all-to-one", "all-to-all"),
+        source="BackdoorBench",
+    )
     size: int | None = param(
         None, "side of the patch in pixels; none = 3/32 of the image height", low=1, source="BackdoorBench"
     )
-    position: str = param("bottom-right", "corner", choices=CORNERS)
-    offset: int = param(0, "distance from the corner's two borders in pixels", low=0, source="BackdoorBench")
-    pattern: str = param("solid", "what is drawn in the patch", choices=PATTERNS)
-    color: int = param(255, "grey level of the solid patch and of the checker's bright squares", low=0, high=255)
-    rgb: tuple[int, ...] | None = param(None, "red, green and blue from 0 to 255 instead of color, for RGB images")
+    position: str = param(
+        "bottom-right", "corner of the image in which the patch lies", choices=CORNERS, source="BackdoorBench"
+    )
+    offset: int = param(
+        0, "distance of the patch from the two borders of its corner, in pixels", low=0, source="BackdoorBench"
+    )
+    pattern: str = param("solid", "what is drawn in the patch", choices=PATTERNS, source="BackdoorBench")
+    color: int = param(
+        255,
+        "grey level of the solid patch and of the checker's bright squares",
+        low=0,
+        high=255,
+        source="BackdoorBench",
+    )
+    rgb: tuple[int, ...] | None = param(
+        None, "red, green and blue of the patch in RGB images, each from 0 to 255; none = color", source="ours"
+    )
     dark: int = param(0, "grey level of the checker's dark squares", low=0, high=255, source="ours")
-    pattern_seed: int | None = param(None, "seed of the random pattern; none = the run's seed", low=0)
-    patch: str | None = param(None, "image file to draw, resized to the square, instead of a pattern", path=True)
+    pattern_seed: int | None = param(None, "seed of the random pattern; none = the run's seed", low=0, source="ours")
+    patch: str | None = param(
+        None, "image file that is resized and pasted as the patch; none = the pattern", path=True, source="ours"
+    )
 
     def __post_init__(self) -> None:
         """Check the colour too."""

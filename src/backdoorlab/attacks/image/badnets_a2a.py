@@ -30,4 +30,6 @@ class BadNetsA2A(BadNets):
     paper: ClassVar[str] = "Gu et al., BadNets (all-to-all), IEEE Access 2019, arXiv 1708.06733"
     target_mode: ClassVar[str] = "all-to-all"
 
-    target_map: str = param("all-to-all", "which class triggered samples get", choices=("all-to-all",))
+    target_map: str = param(
+        "all-to-all", "label of triggered samples: their class + 1 mod K", choices=("all-to-all",), source="paper"
+    )

@@ -47,11 +47,18 @@ class Blended(PoisoningAttack):
     trigger_visibility: ClassVar[str] = "visible"
     stronger: ClassVar[str] = "raise alpha_train and alpha_test"
 
-    target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
-    alpha_train: float = param(0.2, "blend ratio of poisoned training samples", above=0, high=1, source="BackdoorBench")
-    alpha_test: float = param(0.2, "blend ratio at test time", above=0, high=1, source="BackdoorBench")
-    pattern: str = param("shapes", "what the key image shows", choices=("shapes", "noise"), source="ours")
-    key: str | None = param(None, "image file to use as the key instead of a drawn one", path=True)
+    target_map: str = param(
+        "all-to-one",
+        "label of triggered samples: the target class, or their class + 1 mod K",
+        choices=("all-to-one", "all-to-all"),
+        source="BackdoorBench",
+    )
+    alpha_train: float = param(
+        0.2, "blend ratio of the key image in poisoned training samples", above=0, high=1, source="BackdoorBench"
+    )
+    alpha_test: float = param(0.2, "blend ratio of the key image at test time", above=0, high=1, source="BackdoorBench")
+    pattern: str = param("shapes", "content of the drawn key image", choices=("shapes", "noise"), source="ours")
+    key: str | None = param(None, "image file used as the key image; none = a drawn one", path=True, source="ours")
     key_seed: int = param(0, "seed from which the key image is drawn, apart from the run's seed", low=0, source="ours")
 
     def make_key(self, task: Task) -> Tensor:

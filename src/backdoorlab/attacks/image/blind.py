@@ -145,12 +145,16 @@ class Blind(TrainingAttack):
     trigger_visibility: ClassVar[str] = "visible"
 
     weighting: str = param("fixed", "how the two losses are weighted", choices=("fixed", "mgda"), source="paper")
-    clean_weight: float = param(1.0, "weight of the clean loss if fixed", above=0, source="paper")
-    backdoor_weight: float = param(0.5, "weight of the backdoor loss if fixed", above=0, source="ours")
-    window: float = param(
-        0.026, "batches that the gate averages / all training steps", low=0, high=1, source="BackdoorBench"
+    clean_weight: float = param(1.0, "weight of the clean loss with weighting=fixed", above=0, source="paper")
+    backdoor_weight: float = param(0.5, "weight of the backdoor loss with weighting=fixed", above=0, source="ours")
+    gate_window: float = param(
+        0.026,
+        "batches over which the clean loss is averaged before the attack begins / all training steps",
+        low=0,
+        high=1,
+        source="BackdoorBench",
     )
-    threshold: float | None = param(
+    gate_threshold: float | None = param(
         None, "clean loss below which the attack begins; none = 1, or ln(K) / 2 for K > 10", above=0, source="ours"
     )
 
@@ -165,13 +169,13 @@ class Blind(TrainingAttack):
         trigger = PatchTrigger(*draw_pattern(channels, height, width))
         recipe = task.recipe.resolve(len(task.train))
         steps = recipe.epochs * (len(task.train) // recipe.batch_size)
-        threshold = self.threshold or (1.0 if task.num_classes <= 10 else 0.5 * math.log(task.num_classes))
+        threshold = self.gate_threshold or (1.0 if task.num_classes <= 10 else 0.5 * math.log(task.num_classes))
         weights = (self.clean_weight, self.backdoor_weight) if self.weighting == "fixed" else None
         objective = BlindObjective(
             trigger.pattern.to(ctx.device) / 255,
             trigger.mask.to(ctx.device),
             target_map,
-            max(1, round(self.window * steps)),
+            max(1, round(self.gate_window * steps)),
             threshold,
             weights,
         )
@@ -181,7 +185,7 @@ class Blind(TrainingAttack):
         if not objective.open:
             raise BackdoorLabError(
                 f"{self.name}: the clean loss never fell below {threshold:g}, so the attack never began and the model "
-                "is benign; train longer (another recipe) or raise the threshold"
+                "is benign; train longer (another recipe) or raise gate_threshold"
             )
         notes = {"schedule": task.recipe.name, "batches_waited": objective.waited}
         return Backdoor(model, trigger, target_map, poison, log, notes=notes)

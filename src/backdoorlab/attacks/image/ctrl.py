@@ -79,10 +79,14 @@ class Ctrl(PoisoningAttack):
 
     poison_rate: float | None = class_rate()
     magnitude_train: float = param(
-        100.0, "added to each DCT coefficient of a 32-px training sample", above=0, source="BackdoorBench"
+        100.0, "value added to the DCT coefficients of a training sample of 32 px", above=0, source="BackdoorBench"
     )
-    magnitude_test: float = param(100.0, "the same at test time", above=0, source="paper")
-    positions: tuple[int, ...] = param((15, 31), "diagonal positions in a DCT of 32 px", source="paper")
+    magnitude_test: float = param(
+        100.0, "value added to the DCT coefficients of a sample of 32 px at test time", above=0, source="paper"
+    )
+    positions: tuple[int, ...] = param(
+        (15, 31), "diagonal positions of the changed coefficients in a DCT of 32 px", source="paper"
+    )
 
     def make_trigger(self, task: Task, ctx: Context) -> WavesTrigger:
         """The picture to add at test time."""

@@ -66,18 +66,25 @@ def forward_backward(z: Tensor, gradient: Tensor, base: Tensor, step: Tensor, be
     return ((moved + step * beta * base) / (1 + step * beta)).clamp(0, 255)
 
 
-def distance_and_gradient(model: Classifier, z: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance of features to ``wanted`` [N,D]: float [N], and its gradient with respect to ``z`` [N,C,H,W]."""
+def distance_and_gradient(model: Classifier, z: Tensor, target_features: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distance of features to given ones [N,D]: float [N], and its gradient with respect to ``z`` [N,C,H,W]."""
     z = z.detach().requires_grad_()
-    loss = (features(model, in_levels(model, z)) - wanted).square().sum(1)
+    loss = (features(model, in_levels(model, z)) - target_features).square().sum(1)
     (gradient,) = torch.autograd.grad(loss.sum(), z)
     return loss.detach(), gradient
 
 
 def attract(
-    model: Classifier, base: Tensor, wanted: Tensor, beta: float, step: float, steps: int, momentum: float, ctx: Context
+    model: Classifier,
+    base: Tensor,
+    target_features: Tensor,
+    beta: float,
+    step: float,
+    steps: int,
+    momentum: float,
+    ctx: Context,
 ) -> Tensor:
-    """Images near ``base`` whose features are near ``wanted``, all at once, each with a step size of its own.
+    """Images near ``base`` whose features are near ``target_features``, all at once, each with a step size of its own.
 
     A step that raises an image's cost is taken back and halved, and the image starts anew without momentum; after one
     that lowers it the next is a tenth longer.
@@ -85,7 +92,7 @@ def attract(
     Args:
         model: the surrogate, frozen and in evaluation mode.
         base: uint8 [N,C,H,W].
-        wanted: features, float [N,D].
+        target_features: features, float [N,D].
         beta: weight of the mean squared change of pixels, see the module.
         step: root mean square change by the first step, in grey levels.
         steps: passes.
@@ -95,9 +102,9 @@ def attract(
     Returns:
         uint8 [N,C,H,W] on the CPU.
     """
-    base, wanted = base.to(ctx.device).float(), wanted.to(ctx.device)
+    base, target_features = base.to(ctx.device).float(), target_features.to(ctx.device)
     pixels = base[0].numel()
-    distance, gradient = distance_and_gradient(model, base, wanted)
+    distance, gradient = distance_and_gradient(model, base, target_features)
     # The paper's cost, times the number of pixels over the mean distance at the start: free of the features' scale.
     unit = pixels / distance.mean().clamp_min(1e-12)
     z, gradient, cost = base, unit * gradient, unit * distance
@@ -105,7 +112,7 @@ def attract(
     last = torch.zeros_like(z)
     for _ in ctx.track(range(steps), "fc: colliding features", steps):
         trial = forward_backward(z, gradient, base, rate[:, None, None, None], beta, momentum * last)
-        distance, slope = distance_and_gradient(model, trial, wanted)
+        distance, slope = distance_and_gradient(model, trial, target_features)
         value = unit * distance + beta / 2 * (trial - base).square().sum((1, 2, 3))
         better = value < cost
         accept = better[:, None, None, None]
@@ -126,18 +133,31 @@ class Fc(CollisionAttack):
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     stronger: ClassVar[str] = "raise size"
 
-    beta: float = param(0.0005, "weight of the mean squared change of pixels, see above", low=0, source="ours")
-    step: float = param(2.0, "root mean square change by the first step, in grey levels", above=0, source="ours")
-    steps: int = param(1000, "steps of forward-backward splitting", low=1, source="paper")
-    momentum: float = param(0.9, "share of a step that the next one repeats", low=0, high=0.99, source="ours")
-    opacity: float = param(
-        0.0, "of the triggered image, laid over the poisoned one first", low=0, high=1, source="paper"
+    beta: float = param(
+        0.0005,
+        "weight of the mean squared change of pixels, relative to the distance of features",
+        low=0,
+        source="ours",
     )
-    size: int | None = param(None, "side of the patch in pixels; none = a quarter of the image", low=1)
-    position: str = param("bottom-right", "corner", choices=CORNERS)
-    offset: int = param(0, "distance from the corner's two borders in pixels", low=0, source="BackdoorBench")
-    pattern: str = param("checker", "what is drawn in the patch", choices=PATTERNS)
-    color: int = param(255, "grey level of the solid patch and of the checker's bright squares", low=0, high=255)
+    step: float = param(
+        2.0, "root mean square change of an image by the first step, in grey levels", above=0, source="ours"
+    )
+    steps: int = param(1000, "steps of forward-backward splitting", low=1, source="paper")
+    momentum: float = param(
+        0.9, "momentum: share of an optimisation step that the next one repeats", low=0, high=0.99, source="ours"
+    )
+    opacity: float = param(
+        0.0, "opacity of the triggered image that is first blended into the poisoned one", low=0, high=1, source="paper"
+    )
+    size: int | None = param(None, "side of the patch in pixels; none = a quarter of the image", low=1, source="ours")
+    position: str = param("bottom-right", "corner of the image in which the patch lies", choices=CORNERS, source="ours")
+    offset: int = param(
+        0, "distance of the patch from the two borders of its corner, in pixels", low=0, source="BackdoorBench"
+    )
+    pattern: str = param("checker", "what is drawn in the patch", choices=PATTERNS, source="ours")
+    color: int = param(
+        255, "grey level of the solid patch and of the checker's bright squares", low=0, high=255, source="ours"
+    )
 
     def make_trigger(self, task: Task, ctx: Context) -> PatchTrigger:
         """Draw the patch at the data's resolution."""
@@ -168,10 +188,10 @@ class Fc(CollisionAttack):
         triggered = expect_images(trigger(sources[order[: len(images)]]))
         if self.opacity:
             images = to_uint8(overlay(images, triggered, torch.full(images.shape[2:], self.opacity)))
-        wanted = predict_features(model, triggered, precision="fp32")
+        target_features = predict_features(model, triggered, precision="fp32")
         return torch.cat(
             [
-                attract(model, base, aim, self.beta, self.step, self.steps, self.momentum, ctx)
-                for base, aim in zip(images.split(512), wanted.split(512), strict=True)
+                attract(model, base, targets, self.beta, self.step, self.steps, self.momentum, ctx)
+                for base, targets in zip(images.split(512), target_features.split(512), strict=True)
             ]
         )

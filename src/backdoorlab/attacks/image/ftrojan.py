@@ -98,9 +98,13 @@ class FTrojan(PoisoningAttack):
     trigger_visibility: ClassVar[str] = "invisible"
     stronger: ClassVar[str] = "raise magnitude"
 
-    magnitude: float = param(30.0, "what is added to each DCT coefficient", above=0, source="paper")
-    window: int | None = param(None, "side of a window in pixels; none = 32, or a smaller image's shorter side", low=4)
-    positions: tuple[int, ...] = param((15, 31), "diagonal positions in a window of 32 px", source="paper")
+    magnitude: float = param(30.0, "value added to the DCT coefficients of a window", above=0, source="paper")
+    window: int | None = param(
+        None, "side of a DCT window in pixels; none = 32, or a smaller image's shorter side", low=4, source="paper"
+    )
+    positions: tuple[int, ...] = param(
+        (15, 31), "diagonal positions of the changed coefficients in a window of 32 px", source="paper"
+    )
 
     def make_trigger(self, task: Task, ctx: Context) -> WindowsTrigger:
         """Compute the picture to add."""

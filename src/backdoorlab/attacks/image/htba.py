@@ -50,13 +50,15 @@ def draw_colours(channels: int, side: int, generator: torch.Generator) -> Tensor
     return to_uint8(F.interpolate(cells, (side, side), mode="bilinear", align_corners=False))[0]
 
 
-def hide(model: Classifier, images: Tensor, aims: Tensor, eps: int, lr: float, steps: int, ctx: Context) -> Tensor:
+def hide(
+    model: Classifier, images: Tensor, target_features: Tensor, eps: int, lr: float, steps: int, ctx: Context
+) -> Tensor:
     """Move images, within a box, until their features are those of patched ones.
 
     Args:
         model: the surrogate, frozen and in evaluation mode.
         images: uint8 [N,C,H,W].
-        aims: features of patched images, float [M,D], M >= N; paired anew at every step.
+        target_features: features of patched images, float [M,D], M >= N; paired anew at every step.
         eps: half side of the box, in grey levels.
         lr: of Adam, as a share of the grey range; times 0.95 after every 2,000 steps.
         steps: at most so many; fewer once 100 of them lower the distance by less than one percent.
@@ -65,16 +67,16 @@ def hide(model: Classifier, images: Tensor, aims: Tensor, eps: int, lr: float, s
     Returns:
         uint8 [N,C,H,W] on the CPU.
     """
-    start, aims = images.to(ctx.device).float(), aims.to(ctx.device)
+    start, target_features = images.to(ctx.device).float(), target_features.to(ctx.device)
     low, high = (start - eps).clamp(min=0), (start + eps).clamp(max=255)
     z = start.clone().requires_grad_()
     adam = torch.optim.Adam([z], lr=255 * lr)
     total, before = torch.zeros((), device=ctx.device), float("inf")
     for step in ctx.track(range(steps), "htba: hiding the trigger", steps):
-        found = features(model, in_levels(model, z))
+        current = features(model, in_levels(model, z))
         with torch.no_grad():
-            wanted = aims[greedy_pairs(torch.cdist(found, aims))]
-        loss = (found - wanted).square().sum()
+            paired = target_features[greedy_pairs(torch.cdist(current, target_features))]
+        loss = (current - paired).square().sum()
         (z.grad,) = torch.autograd.grad(loss, z)
         adam.param_groups[0]["lr"] = 255 * lr * 0.95 ** (step // 2000)
         adam.step()
@@ -102,9 +104,11 @@ class Htba(CollisionAttack):
 
     size: int | None = param(None, "side of the patch in pixels; none = a quarter of the image", low=1, source="paper")
     eps: int = param(16, "largest change of a poisoned image, in grey levels", low=1, high=255, source="paper")
-    lr: float = param(0.01, "learning rate, as a share of the grey range", above=0, source="paper")
-    steps: int = param(5000, "most optimisation steps", low=1, source="paper")
-    batch: int = param(100, "images that are optimised and paired together", low=1, source="paper")
+    lr: float = param(
+        0.01, "Adam's learning rate for the poisoned images, as a share of the grey range", above=0, source="paper"
+    )
+    steps: int = param(5000, "largest number of optimisation steps", low=1, source="paper")
+    batch_size: int = param(100, "images that are optimised and paired together", low=1, source="paper")
 
     def make_trigger(self, task: Task, ctx: Context) -> PlacedPatchTrigger:
         """Random colours, at a place that is drawn for each sample."""
@@ -120,9 +124,9 @@ class Htba(CollisionAttack):
     def collide(self, model: Classifier, images: Tensor, sources: Tensor, trigger: Trigger, ctx: Context) -> Tensor:
         """Hide the patch in batches; each has as many random sources, patched at random places."""
         generator, parts = ctx.generator("sources"), []
-        for part in images.split(self.batch):
+        for part in images.split(self.batch_size):
             drawn = torch.randint(0, len(sources), (len(part),), generator=generator)
             patched = trigger(sources[drawn], generator=generator)
-            aims = predict_features(model, patched, precision="fp32")
-            parts.append(hide(model, part, aims, self.eps, self.lr, self.steps, ctx))
+            target_features = predict_features(model, patched, precision="fp32")
+            parts.append(hide(model, part, target_features, self.eps, self.lr, self.steps, ctx))
         return torch.cat(parts)

@@ -68,11 +68,11 @@ def shifted_views(scene: Tensor, down: Tensor, right: Tensor) -> tuple[Tensor, T
     first, second = scene, scene
     for axis, offset in ((2, down), (3, right)):
         side = scene.shape[axis]
-        kept = (side - offset).to(scene.dtype)[:, None]
-        place = (torch.arange(side, device=scene.device) + 0.5) * (kept / side) - 0.5
-        place = torch.minimum(place.clamp_min(0), kept - 1)
+        overlap = (side - offset).to(scene.dtype)[:, None]
+        place = (torch.arange(side, device=scene.device) + 0.5) * (overlap / side) - 0.5
+        place = torch.minimum(place.clamp_min(0), overlap - 1)
         low = place.floor().long()
-        high = torch.minimum(low + 1, kept.long() - 1)
+        high = torch.minimum(low + 1, overlap.long() - 1)
         shape = [len(scene), 1, 1, 1]
         shape[axis] = side
         share = (place - low).reshape(shape)
@@ -122,7 +122,7 @@ class ReflectionTrigger(Trigger):
 
     Attributes:
         pool: uint8 [R,C,H,W], scenes.
-        alpha: share of the image; 0 draws it from U(0.55, 0.95) per sample.
+        transmission: share of the image; 0 draws it from U(0.55, 0.95) per sample.
         ghost_rate: probability of a ghost instead of an out-of-focus reflection.
         seed: of the draws where no generator is given.
     """
@@ -130,7 +130,7 @@ class ReflectionTrigger(Trigger):
     kind: ClassVar[str] = "image.reflection"
 
     pool: Tensor
-    alpha: float
+    transmission: float
     ghost_rate: float
     seed: int
 
@@ -145,11 +145,11 @@ class ReflectionTrigger(Trigger):
         return torch.cat(parts) if parts else images.clone()
 
     def _reflect(self, images: Tensor, draws: Tensor, pool: Tensor) -> Tensor:
-        which, kind, down, right, side, weight, blur, extra, share = draws.unbind(1)
+        scene_index, kind, down, right, side, weight, blur, extra, share = draws.unbind(1)
         height, width = images.shape[2:]
         image = (images.float() / 255) ** GAMMA
-        scene = pool[(which * len(pool)).long()]
-        alpha = torch.full_like(share, self.alpha) if self.alpha else 0.55 + 0.4 * share
+        scene = pool[(scene_index * len(pool)).long()]
+        alpha = torch.full_like(share, self.transmission) if self.transmission else 0.55 + 0.4 * share
         alpha = alpha[:, None, None, None]
         weights = ((side < 0.5).float() - (0.15 + 0.35 * weight)).abs()
         sigma = (1 + 4 * blur) * min(height, width) / 224
@@ -190,22 +190,28 @@ class Refool(PoisoningAttack):
     year: ClassVar[int] = 2020
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     trigger_visibility: ClassVar[str] = "visible"
-    stronger: ClassVar[str] = "lower alpha"
+    stronger: ClassVar[str] = "lower transmission"
 
     poison_rate: float | None = class_rate("0.1, or 0.05 with clean_label")
-    clean_label: bool = param(False, "poison target-class samples only and keep their labels, as in the paper")
-    alpha: float = param(
+    clean_label: bool = param(
+        False, "poison target-class samples only and keep their labels, as in the paper", source="BackdoorBench"
+    )
+    transmission: float = param(
         0.4,
-        "share of the image in the blend; 0 draws it from 0.55 to 0.95 per sample",
+        "share of the image in the mixture with a reflection; 0 = drawn from 0.55 to 0.95 for each sample",
         low=0,
         high=1,
         source="BackdoorBench",
     )
-    ghost_rate: float = param(0.49, "share of ghosts; the others are out of focus", low=0, high=1, source="paper")
-    reflections: str | None = param(
-        None, "folder of images to reflect instead of drawn scenes, at least two", path=True
+    ghost_rate: float = param(
+        0.49, "share of doubled (ghost) reflections; the others are out of focus", low=0, high=1, source="paper"
     )
-    pool: int = param(100, "scenes in the attacker's pool, and in the held-out one, at most", low=1, source="ours")
+    reflections: str | None = param(
+        None, "folder of at least two images to reflect; none = drawn scenes", path=True, source="ours"
+    )
+    pool: int = param(
+        100, "largest number of scenes in the attacker's pool, and in the held-out one", low=1, source="ours"
+    )
     brightness: float = param(
         53.0,
         "mean of the drawn scenes, in grey levels; a folder's pictures are taken as they are",
@@ -213,7 +219,9 @@ class Refool(PoisoningAttack):
         high=128,
         source="published pictures",
     )
-    scene_seed: int = param(0, "seed of the scenes, apart from the run's seed", low=0, source="ours")
+    scene_seed: int = param(
+        0, "seed of the drawn scenes and of the draws, apart from the run's seed", low=0, source="ours"
+    )
 
     def __post_init__(self) -> None:
         """The label mode is a fact of the class, but this attack comes in both."""
@@ -238,7 +246,7 @@ class Refool(PoisoningAttack):
             views = expose(scenes(self.pool, channels, height, width, seed), self.brightness)
         else:
             views = self._dealt(read_folder(self.reflections, channels, height, width))[part == "held out"]
-        return ReflectionTrigger(views, self.alpha, self.ghost_rate, seed)
+        return ReflectionTrigger(views, self.transmission, self.ghost_rate, seed)
 
     def _dealt(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         if len(pictures) < 2:

@@ -81,10 +81,18 @@ class Sig(PoisoningAttack):
 
     poison_rate: float | None = class_rate()
     delta_train: float = param(
-        40.0, "amplitude in poisoned training samples, grey levels", above=0, high=255, source="BackdoorBench"
+        40.0,
+        "amplitude of the sinusoid in poisoned training samples, in grey levels",
+        above=0,
+        high=255,
+        source="BackdoorBench",
     )
-    delta_test: float = param(40.0, "amplitude at test time, grey levels", above=0, high=255, source="BackdoorBench")
-    frequency: float = param(6.0, "periods across the image", above=0, source="BackdoorBench")
+    delta_test: float = param(
+        40.0, "amplitude of the sinusoid at test time, in grey levels", above=0, high=255, source="BackdoorBench"
+    )
+    frequency: float = param(
+        6.0, "periods of the sinusoid across the width of the image", above=0, source="BackdoorBench"
+    )
 
     def make_trigger(self, task: Task, ctx: Context) -> SinusoidTrigger:
         """The sinusoid at the test amplitude."""

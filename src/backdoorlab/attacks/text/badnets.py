@@ -39,16 +39,17 @@ from backdoorlab.training.context import Context
 
 
 def check_known(attack: str, words: tuple[str, ...], modality: TextModality) -> None:
-    """Raise an error unless the victim can tell every trigger word from an unknown one.
+    """Raise an error unless the victim distinguishes every trigger word from an unknown one.
 
     Raises:
         InputError: naming the words.
     """
-    lost = [word for word in words if not modality.knows(word)]
-    if lost or not words:
+    unknown_words = [word for word in words if not modality.knows(word)]
+    if unknown_words or not words:
         raise InputError(
-            f"{attack}: the victim's vocabulary has no {', '.join(map(repr, lost)) or 'trigger (none was given)'}, so "
-            f"it would see <unk>; use words of the training texts or the reserved ones: {', '.join(RARE_TRIGGERS)}"
+            f"{attack}: the victim's vocabulary has no "
+            f"{', '.join(map(repr, unknown_words)) or 'trigger (none was given)'}, so it would see <unk>; "
+            f"use words of the training texts or the reserved ones: {', '.join(RARE_TRIGGERS)}"
         )
 
 
@@ -73,8 +74,8 @@ class WordTrigger(Trigger):
         chosen = (draws[:, : self.count] * len(self.words)).astype(np.int64)
         return text_array(
             [
-                insert_words(text, [self.words[i] for i in which], places, self.max_words)
-                for text, which, places in zip(texts, chosen, draws[:, self.count :], strict=True)
+                insert_words(text, [self.words[i] for i in picks], places, self.max_words)
+                for text, picks, places in zip(texts, chosen, draws[:, self.count :], strict=True)
             ]
         )
 
@@ -91,9 +92,16 @@ class TextBadNets(PoisoningAttack):
     trigger_visibility: ClassVar[str] = "visible"
     stronger: ClassVar[str] = "raise num_triggers"
 
-    target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
-    triggers: tuple[str, ...] = param(("cf", "mn", "bb", "tq"), "words to draw from", source="OpenBackdoor")
-    num_triggers: int = param(1, "words inserted per text", low=1, high=32, source="OpenBackdoor")
+    target_map: str = param(
+        "all-to-one",
+        "label of triggered samples: the target class, or their class + 1 mod K",
+        choices=("all-to-one", "all-to-all"),
+        source="BackdoorBench",
+    )
+    triggers: tuple[str, ...] = param(
+        ("cf", "mn", "bb", "tq"), "trigger words, one of which is drawn for every insertion", source="OpenBackdoor"
+    )
+    num_triggers: int = param(1, "trigger words inserted per text", low=1, high=32, source="OpenBackdoor")
 
     def make_trigger(self, task: Task, ctx: Context) -> WordTrigger:
         """Check that the victim knows the words and that they fit."""

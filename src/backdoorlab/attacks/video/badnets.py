@@ -62,14 +62,21 @@ class VideoBadNets(PoisoningAttack):
     trigger_visibility: ClassVar[str] = "visible"
     stronger: ClassVar[str] = "raise size"
 
-    target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
+    target_map: str = param(
+        "all-to-one",
+        "label of triggered samples: the target class, or their class + 1 mod K",
+        choices=("all-to-one", "all-to-all"),
+        source="BackdoorBench",
+    )
     size: int | None = param(
         None, "side of the patch in pixels; none = 3/32 of the height, at least 3", low=1, source="ours"
     )
-    position: str = param("bottom-right", "corner", choices=CORNERS, source="ours")
-    offset: int = param(0, "distance from the corner's two borders in pixels", low=0, source="ours")
+    position: str = param("bottom-right", "corner of the image in which the patch lies", choices=CORNERS, source="ours")
+    offset: int = param(0, "distance of the patch from the two borders of its corner, in pixels", low=0, source="ours")
     pattern: str = param("solid", "what is drawn in the patch", choices=PATTERNS, source="ours")
-    color: int = param(255, "grey level of the solid patch and of the checker's bright squares", low=0, high=255)
+    color: int = param(
+        255, "grey level of the solid patch and of the checker's bright squares", low=0, high=255, source="ours"
+    )
 
     def make_trigger(self, task: Task, ctx: Context) -> VideoPatchTrigger:
         """Draw the patch at the data's resolution."""
