@@ -30,7 +30,7 @@ import copy
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -150,7 +150,8 @@ def all_cases(folder: Path = Path(__file__).parent) -> dict[str, Case]:
             assert spec and spec.loader
             module = importlib.util.module_from_spec(spec)
             sys.modules[name] = module
-            spec.loader.exec_module(module)
+            with suppress(pytest.skip.Exception):  # a package that its method needs is missing
+                spec.loader.exec_module(module)
     return dict(sorted(CASES.items()))
 
 
@@ -227,6 +228,13 @@ def planted(seed: int, name: str, **settings: Any) -> tuple[Backdoor, Numbers]:
     """An image attack on digits and its effect."""
     backdoor = attacks.get(name, "image").build(settings).run(task(seed), context(seed))
     return backdoor, effect(backdoor, task(seed), benign(seed), context(seed))
+
+
+def hidden(seed: int, name: str, **settings: Any) -> Numbers:
+    """An attack whose networks hide something, and how well they do."""
+    backdoor, numbers = planted(seed, name, **settings)
+    kept = {k: float(backdoor.notes[k]) for k in ("bit_accuracy", "psnr", "ink_error") if k in backdoor.notes}
+    return numbers | kept | {"gates_missed": float(len(backdoor.notes.get("gates_missed", ())))}
 
 
 def other(seed: int, modality: str, **settings: Any) -> tuple[Backdoor, Task, Numbers]:

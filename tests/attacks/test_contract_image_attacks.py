@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
 
 from backdoorlab.attacks import Attack, Backdoor, PoisoningAttack, TrainingAttack, Trigger, attacks
 from backdoorlab.attacks.image import tuap
@@ -306,81 +305,8 @@ def test_hyper_parameters_are_checked_and_explained(cls: type[Attack]) -> None:
 
 # --- facts ------------------------------------------------------------------------------------------------------------
 
-FACTS = {
-    # name: (year, threat model, labels, visibility, sample specific, surrogate)
-    "badnets": (2019, "poisoning", "dirty", "visible", False, False),
-    "badnets_a2a": (2019, "poisoning", "dirty", "visible", False, False),
-    "blended": (2017, "poisoning", "dirty", "visible", False, False),
-    "sig": (2019, "poisoning", "clean", "subtle", False, False),
-    "wanet": (2021, "training", "dirty", "invisible", False, False),
-    "bpp": (2022, "training", "dirty", "invisible", True, False),
-    "ftrojan": (2022, "poisoning", "dirty", "invisible", False, False),
-    "ctrl": (2023, "poisoning", "clean", "invisible", False, False),
-    "adap_blend": (2023, "poisoning", "dirty", "visible", False, False),
-    "adap_patch": (2023, "poisoning", "dirty", "visible", False, False),
-    "lf": (2021, "poisoning", "dirty", "subtle", False, True),
-    "refool": (2020, "poisoning", "dirty", "visible", False, False),
-    "trojannn": (2018, "poisoning", "dirty", "visible", False, True),
-    "blind": (2021, "training", "dirty", "visible", False, False),
-    "input_aware": (2020, "training", "dirty", "visible", True, False),
-    "lc": (2019, "poisoning", "clean", "visible", False, True),
-    "narcissus": (2023, "poisoning", "clean", "subtle", False, True),
-    "lira": (2021, "training", "dirty", "invisible", True, False),
-    "ssba": (2021, "poisoning", "dirty", "invisible", True, True),
-    "poisonink": (2022, "poisoning", "dirty", "invisible", True, True),
-}
-
-
-@pytest.mark.parametrize("name", FACTS)
-def test_facts(name: str) -> None:
-    facts = attacks.get(name, "image").facts()
-    keys = ("year", "threat_model", "label_mode", "trigger_visibility", "sample_specific", "needs_surrogate")
-    assert tuple(facts[key] for key in keys) == FACTS[name]
-    assert facts["target_mode"] == ("all-to-all" if name == "badnets_a2a" else "all-to-one")
-
 
 # --- what only some attacks have --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "covers"),
-    [
-        ("adap_blend", {}, 0.25),
-        ("adap_blend", {"cover_rate": 0.125}, 0.125),
-        ("adap_blend", {"cover_rate": 0.0}, 0.0),
-        ("adap_patch", {}, 0.5),
-        ("adap_patch", {"cover_rate": 0.375}, 0.375),
-    ],
-)
-def test_cover_samples(name: str, settings: dict[str, object], covers: float) -> None:
-    task, attack = tiny_task(SHAPES[1]), make(attacks.get(name, "image"), **settings)
-    trigger = attack.make_trigger(task, Context())  # type: ignore[attr-defined]
-    poison = attack.poison(trigger, task, Context())  # type: ignore[attr-defined]
-    check_roles(attack, task, poison)
-    rows = poison.roles == COVER
-    assert int(rows.sum()) == round(covers * SAMPLES)
-    changed = (poison.inputs[rows] != task.train.inputs[poison.indices[rows]]).flatten(1).any(1)
-    assert bool(changed.all())
-
-
-@pytest.mark.parametrize("name", ["adap_blend", "adap_patch"])
-def test_more_covers_than_there_are_samples(name: str) -> None:
-    with pytest.raises(InputError, match=r"largest possible cover rate is 0\.75"):
-        make(attacks.get(name, "image"), cover_rate=0.8).run(tiny_task(SHAPES[0]), Context())
-
-
-def test_replay_covers_of_training_attacks() -> None:
-    assert int((planted(attacks.get("wanet", "image")).poison.roles == COVER).sum()) == round(2 * 0.25 * SAMPLES)
-    assert int((planted(attacks.get("bpp", "image")).poison.roles == COVER).sum()) == round(0.1 * SAMPLES)
-
-
-def test_refool_with_clean_labels_takes_only_the_target_class() -> None:
-    task, attack = tiny_task(SHAPES[0]), make(attacks.get("refool", "image"), clean_label=True, poison_rate=0.125)
-    trigger = attack.make_trigger(task, Context())  # type: ignore[attr-defined]
-    check_roles(attack, task, attack.poison(trigger, task, Context()))  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match=r"largest possible rate is 0\.25"):
-        dataclasses.replace(attack, poison_rate=0.5).run(task, Context())
-    assert make(attacks.get("refool", "image")).label_mode == "dirty"
 
 
 @pytest.mark.parametrize(
@@ -399,35 +325,24 @@ def test_settings_that_do_not_fit_the_pictures(name: str, settings: dict[str, ob
         make(attacks.get(name, "image"), **settings).run(tiny_task(SHAPES[0]), Context())
 
 
-def test_adap_patch_wants_four_opacities() -> None:
-    with pytest.raises(InputError, match="four numbers"):
-        attacks.get("adap_patch", "image")(opacities=(0.5, 0.5))
+@pytest.mark.parametrize("cls", [cls for cls in attacks if "image" in cls.modalities and cls.label_mode == "clean"])
+def test_clean_labels_and_all_to_all_exclude_each_other(cls: type) -> None:
+    with pytest.raises(InputError, match=f"{cls.name}: target_map all-to-all needs new labels"):
+        cls.build({"target_map": "all-to-all"})
 
 
-def test_blended_takes_a_picture_file(tmp_path: object) -> None:
-    from PIL import Image
-
-    path = f"{tmp_path}/key.png"
-    Image.fromarray(np.full((40, 20, 3), (200, 100, 50), dtype=np.uint8)).save(path)
-    trigger = make(attacks.get("blended", "image"), key=path).make_trigger(tiny_task(SHAPES[1]), Context())
-    key: Tensor = trigger.keys[0]
-    assert key[:, 0, 0].tolist() == [200, 100, 50]
-    assert key.shape == SHAPES[1]
-    (tmp_path / "words.png").write_text("no picture")  # type: ignore[operator]
-    with pytest.raises(InputError, match="of none of the known formats"):
-        make(attacks.get("blended", "image"), key=f"{tmp_path}/words.png").make_trigger(tiny_task(SHAPES[1]), Context())
+def test_an_instance_with_clean_labels_refuses_all_to_all() -> None:
+    attack = make(attacks.get("refool", "image"), clean_label=True)
+    object.__setattr__(attack, "target_map", "all-to-all")
+    with pytest.raises(InputError, match="refool: target_map all-to-all needs new labels"):
+        attack.target_map_for(tiny_task(SHAPES[0]))
 
 
-def test_surrogate_is_shared_between_runs_but_not_between_data() -> None:
-    from backdoorlab.attacks.common.surrogate import clean_surrogate, surrogate_spec
-
-    task, context = tiny_task(SHAPES[0]), Context(seed=1)
-    first, second = clean_surrogate(task, context), clean_surrogate(task, context.child("another run"))
-    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    assert not any(p.requires_grad for p in first.parameters())
-    inputs = task.train.inputs.clone()
-    inputs[0, 0, 0, 0] ^= 1
-    split = Split(inputs, task.train.labels, task.train.classes)
-    other = dataclasses.replace(task, dataset=dataclasses.replace(task.dataset, train=split))
-    assert surrogate_spec(other) != surrogate_spec(task)
+@pytest.mark.parametrize("name", ["badnets", "blended", "wanet", "bpp", "input_aware", "lira"])
+def test_all_to_all(name: str) -> None:
+    task, attack = tiny_task(SHAPES[0]), make(attacks.get(name, "image"), target_map="all-to-all")
+    backdoor = attack.run(task, Context())
+    check_roles(attack, task, backdoor.poison)
+    _, wanted, true = backdoor.triggered_test(task)
+    assert len(true) == len(task.test)
+    assert torch.equal(wanted, (true + 1) % 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from backdoorlab.attacks import Backdoor
 from backdoorlab.core.errors import InputError
-from backdoorlab.data.split import Split
+from backdoorlab.data.split import BACKDOOR, Split
 from backdoorlab.defenses import DefenderView
 from backdoorlab.defenses.training import abl
 from backdoorlab.defenses.training.abl import (
@@ -26,6 +27,7 @@ from backdoorlab.defenses.training.abl import (
 from backdoorlab.models import Classifier
 from backdoorlab.tasks import Task
 from backdoorlab.training import Context, predict
+from effect_tools import Numbers, accuracy, benign, case, effects, least, most, task, trained
 
 LOSSES = [0.1, 0.5, 0.9, 2.0]
 
@@ -157,3 +159,37 @@ def test_report_ranks_by_loss(badnets_digits: Backdoor, digits_task: Task) -> No
     assert report.isolated.sum() == int(0.01 * len(digits_task.train)) == report.notes["isolated"]
     assert report.scores[report.isolated].min() >= report.scores[~report.isolated].max()
     assert report.notes["isolated_loss_after"] > report.notes["isolated_loss"]
+
+
+def isolated(seed: int, **settings: Any) -> Numbers:
+    """ABL: precision of the isolation, ASR and ACC before and after."""
+    report, backdoor, numbers = trained(seed, AntiBackdoorLearning.build(settings))
+    assert report.isolated is not None
+    poisoned = backdoor.poison.apply(task(seed).train)
+    return numbers | {
+        "precision": float((poisoned.roles[report.isolated] == BACKDOOR).float().mean()),
+        "unlearned": report.notes["isolated_loss_after"] - report.notes["isolated_loss"],
+    }
+
+
+@case("defense/training/abl_joint", precision=least(0.4), asr_lost=least(0.3), acc_lost=most(0.3), unlearned=least(0.2))
+def effect_of_abl_joint(seed: int) -> Numbers:
+    """With the loss that suits digits; clean accuracy pays for it (see the limits in the module's docstring)."""
+    return isolated(seed, turning=0.35, ascent_loss="unlikelihood", ascent_lr=3e-3, ascent_steps=100)
+
+
+@case("defense/training/abl_sequential", core=True, precision=least(0.4), asr=most(0.2), acc=least(0.5))
+def effect_of_abl_sequential(seed: int) -> Numbers:
+    return isolated(seed, turning=0.35, mode="sequential")
+
+
+@case("defense/training/abl_benign", acc_lost=most(0.15))
+def effect_of_abl_benign(seed: int) -> Numbers:
+    """What it costs on benign data: what is isolated there are clean samples, which are then unlearned."""
+    report = AntiBackdoorLearning().run(
+        DefenderView(suspicious=task(seed).train, blueprint=task(seed).blueprint), Context(seed)
+    )
+    return {"acc_lost": accuracy(benign(seed), task(seed).test) - accuracy(report.model, task(seed).test)}
+
+
+test_effect = effects(__name__)

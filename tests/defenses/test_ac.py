@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from backdoorlab.attacks import Backdoor, attacks
-from backdoorlab.data.split import Split
+from backdoorlab.data.split import BACKDOOR, Split
 from backdoorlab.defenses import DefenderView
 from backdoorlab.defenses.dataset.ac import ActivationClustering, TwoClusters, reduce_features, two_clusters
+from backdoorlab.models import Classifier
 from backdoorlab.tasks import Task
 from backdoorlab.training import Context
+from effect_tools import RARE, Numbers, benign, case, effects, found, least, most, task, victim
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +92,43 @@ def test_tiny_classes_are_not_judged(rare: Backdoor, digits_task: Task) -> None:
     scores = ActivationClustering(rule="smaller").score(DefenderView(suspicious=few, model=rare.model), Context())
     assert not scores[few.labels == 0].any()
     assert scores[few.labels == 1].any()
+
+
+@case(
+    "defense/dataset/ac",
+    core=True,
+    tpr=least(0.7),
+    fpr=most(0.15),
+    auroc=least(0.75),
+    strict_tpr=least(0.7),
+    strict_fpr=most(0.05),
+    benign_strict=most(0.02),
+    benign_share=most(0.7),
+)
+def effect_of_ac(seed: int) -> Numbers:
+    """By default and with a strict silhouette; a benign model's clusters are writing styles, which the paper's
+    silhouette of 0.15 lets pass in part ("benign_share": of what is flagged without that rule), 0.4 hardly ever."""
+    backdoor = victim(seed, **RARE)
+    poisoned = backdoor.poison.apply(task(seed).train)
+    strict = ActivationClustering(min_silhouette=0.4)
+
+    def flagged(method: ActivationClustering, data: Split, model: Classifier) -> tuple[Tensor, Tensor]:
+        scores = method.score(DefenderView(suspicious=data, model=model), Context(seed))
+        return method.flags(scores, DefenderView(suspicious=data)), scores
+
+    truth = poisoned.roles == BACKDOOR
+    plain = found(*flagged(ActivationClustering(), poisoned.as_seen(), backdoor.model), truth)
+    careful = found(*flagged(strict, poisoned.as_seen(), backdoor.model), truth)
+    shares = [
+        float(flagged(method, task(seed).train, benign(seed))[0].float().mean())
+        for method in (strict, ActivationClustering(), ActivationClustering(rule="smaller"))
+    ]
+    return plain | {
+        "strict_tpr": careful["tpr"],
+        "strict_fpr": careful["fpr"],
+        "benign_strict": shares[0],
+        "benign_share": shares[1] / shares[2],
+    }
+
+
+test_effect = effects(__name__)

@@ -20,6 +20,15 @@ from backdoorlab.models.anatomy import masked, split_units, unit_count
 from backdoorlab.tasks import Task
 from backdoorlab.training import Context
 from backdoorlab.training.evaluate import predict
+from effect_tools import (
+    Numbers,
+    case,
+    effects,
+    least,
+    most,
+    repaired,
+    subnet_victim,
+)
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +168,12 @@ def test_too_few_samples_are_named(badnets_digits: Backdoor, clean: Split) -> No
             DefenderView(model=badnets_digits.model, clean=clean[torch.tensor([0])]), Context()
         )
     assert defenses.get("anp", "image") is AdversarialNeuronPruning
+
+
+@case("defense/repair/anp", asr_lost=least(0.4), acc_lost=most(0.1), benign_lost=most(0.1))
+def effect_of_anp(seed: int) -> Numbers:
+    method = AdversarialNeuronPruning(iterations=100, batch_size=64)
+    return repaired(seed, method, subnet_victim(seed), harmless=True)
+
+
+test_effect = effects(__name__)

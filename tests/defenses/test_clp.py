@@ -20,6 +20,15 @@ from backdoorlab.models import Classifier, build_model
 from backdoorlab.models.anatomy import conv_norm_pairs, trace
 from backdoorlab.tasks import Task
 from backdoorlab.training import Context
+from effect_tools import (
+    Numbers,
+    case,
+    effects,
+    least,
+    most,
+    repaired,
+    subnet_victim,
+)
 
 IMAGE = ImageModality(3, 32, 32)
 
@@ -118,3 +127,11 @@ def test_models_without_pairs_are_not_applicable_unless_adapted(digits_task: Tas
 def test_registered() -> None:
     for modality in ("image", "text", "audio", "video"):
         assert defenses.get("clp", modality) is ChannelLipschitzPruning
+
+
+@case("defense/repair/clp", core=True, asr_lost=least(0.4), acc_lost=most(0.1), benign_lost=most(0.2))
+def effect_of_clp(seed: int) -> Numbers:
+    return repaired(seed, ChannelLipschitzPruning(), subnet_victim(seed), harmless=True)
+
+
+test_effect = effects(__name__)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import median_abs_deviation
 
+import effect_tools
 from backdoorlab.attacks import Backdoor
 from backdoorlab.core.errors import InputError, NotApplicable
 from backdoorlab.data.sources import balanced_subset
@@ -22,6 +23,7 @@ from backdoorlab.modalities.video import VideoModality
 from backdoorlab.models import build_model
 from backdoorlab.tasks import Task
 from backdoorlab.training import Context
+from effect_tools import PATCH, Numbers, benign, case, effects, least, most, task, victim
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +188,38 @@ def test_bad_input_is_named(badnets_digits: Backdoor, clean: Split) -> None:
         NeuralCleanse(attack_threshold=1.5)
     with pytest.raises(NotApplicable, match="word embeddings"):
         SoftPrompts(badnets_digits.model, 1, torch.Generator())
+
+
+@case("defense/model/neural_cleanse", core=True, smallest=least(1), ratio=most(0.6), works=least(0.8), plain=most(0.1))
+def effect_of_neural_cleanse(seed: int) -> Numbers:
+    """The recovered trigger: the smallest of all classes, much smaller than the others', and it works.
+
+    The verdict itself hangs on a median of ten numbers; how often it is right is for reading.
+    """
+    backdoor, mine = victim(seed, **PATCH), task(seed)
+    quick, few = NeuralCleanse(epochs=40, batch_size=32, min_steps=3, patience=3), effect_tools.clean(seed, 72)
+    report, other_report = (
+        quick.run(DefenderView(model=model, clean=few), Context(seed)) for model in (backdoor.model, benign(seed))
+    )
+    mask, pattern = (report.recovered[name][0] for name in ("mask", "pattern"))
+    rest = mine.test[mine.test.labels != 0]
+    x = backdoor.model.modality.prepare(rest.inputs)
+    with torch.no_grad():
+        plain, stamped = (
+            float((backdoor.model(inputs).argmax(1) == 0).float().mean())
+            for inputs in (x, (1 - mask) * x + mask * pattern)
+        )
+    costs = torch.tensor(report.per_class)
+    return {
+        "smallest": float(costs.argmin() == 0),
+        "ratio": float(costs[0] / costs[1:].median()),
+        "works": stamped,
+        "plain": plain,
+        "score": report.score,
+        "benign_score": other_report.score,
+        "accused": float(report.backdoored and report.targets[0] == 0),
+        "benign_accused": float(other_report.backdoored),
+    }
+
+
+test_effect = effects(__name__)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
-from backdoorlab.data.split import Split
+from backdoorlab.data.split import BACKDOOR, Split
 from backdoorlab.defenses import DefenderView
 from backdoorlab.defenses.dataset.spectral import SpectralSignatures, spectral_scores, standardise
+from backdoorlab.training import Context
+from effect_tools import Numbers, case, effects, found, least, task, victim
 
 
 def test_scores_equal_numpy_svd() -> None:
@@ -46,3 +49,18 @@ def test_a_fixed_share_of_every_class_is_removed(settings: dict[str, float], cou
     for k, count in enumerate(counts):
         assert flagged[labels == k].sum() == count
         assert scores[(labels == k) & flagged].min() > scores[(labels == k) & ~flagged].max()
+
+
+@case("defense/dataset/spectral", auroc=least(0.85), tpr=least(0.5))
+def effect_of_spectral(seed: int) -> Numbers:
+    """BadNets at 2 %; AUROC within the target class."""
+    backdoor = victim(seed, poison_rate=0.02, exclude_target=True)
+    poisoned = backdoor.poison.apply(task(seed).train)
+    method = SpectralSignatures()
+    scores = method.score(DefenderView(suspicious=poisoned.as_seen(), model=backdoor.model), Context(seed))
+    truth, target = poisoned.roles == BACKDOOR, poisoned.labels == 0
+    numbers = found(method.flags(scores, DefenderView(suspicious=poisoned.as_seen())), scores, truth)
+    return numbers | {"auroc": float(roc_auc_score(truth[target], scores[target]))}
+
+
+test_effect = effects(__name__)

@@ -12,10 +12,20 @@ from backdoorlab.attacks import Backdoor
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.split import Split, text_array
 from backdoorlab.defenses import DefenderView
+from backdoorlab.defenses.dataset.strip import StripDataset
 from backdoorlab.defenses.input import strip
 from backdoorlab.defenses.input.strip import Overlay, Strip, entropy, overlay_entropy, saturating_sum
 from backdoorlab.tasks import Task
 from backdoorlab.training import Context, predict
+from effect_tools import (
+    Numbers,
+    case,
+    detected,
+    effects,
+    least,
+    most,
+    screened,
+)
 
 
 def some_clean(task: Task, count: int = 144) -> Split:
@@ -88,3 +98,18 @@ def test_scores_do_not_depend_on_the_rest_of_the_batch(badnets_digits: Backdoor,
 def test_too_few_clean_samples_are_refused(badnets_digits: Backdoor, digits_task: Task) -> None:
     with pytest.raises(InputError, match="at least 4 clean samples"):
         Strip().run(DefenderView(model=badnets_digits.model, clean=some_clean(digits_task, 3)), Context())
+
+
+@case("defense/dataset/strip", auroc=least(0.75), gain=least(2))
+def effect_of_strip_dataset(seed: int) -> Numbers:
+    """ "gain": share of poisoned samples that are flagged / share of clean ones."""
+    numbers = screened(seed, StripDataset(overlays=15))
+    return numbers | {"gain": numbers["tpr"] / max(numbers["fpr"], 1e-3)}
+
+
+@case("defense/input/strip", core=True, auroc=least(0.9), tpr=least(0.7), fpr=most(0.2), benign_gap=most(0.3))
+def effect_of_strip(seed: int) -> Numbers:
+    return detected(seed, Strip(overlays=30))
+
+
+test_effect = effects(__name__)

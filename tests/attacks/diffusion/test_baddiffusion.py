@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import effect_tools
 from backdoorlab.analysis.diffusion import save_comparison, save_grids, tile
 from backdoorlab.attacks import attacks
 from backdoorlab.attacks.diffusion.baddiffusion import BadDiffusion, posterior_shift, trigger_path
@@ -26,6 +27,7 @@ from backdoorlab.tasks.diffusion.denoiser import denoising_loss
 from backdoorlab.tasks.diffusion.patterns import TARGETS, grey_box, target_image
 from backdoorlab.tasks.diffusion.sampling import to_images
 from backdoorlab.training.context import Context
+from effect_tools import Numbers, case, effects, least, most
 
 pytest.importorskip("diffusers")
 
@@ -220,3 +222,52 @@ def test_comparison_draws_four_grids(
 
 def test_images_are_clipped_before_they_are_cast() -> None:
     assert to_images(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+@case(
+    "attack/diffusion/baddiffusion",
+    core=True,
+    needs="diffusers",
+    asr=least(0.3),
+    to_clean=most(0.7),
+    to_untreated=most(0.5),
+    ssim=least(0.5),
+    frechet=most(1.5),
+    confidence_lost=most(0.2),
+    ddim=least(1.5),
+)
+def effect_of_baddiffusion(seed: int) -> Numbers:
+    """Takes hold on 8-px digits, leaves other samples as they were, and needs its own sampler."""
+    from backdoorlab.attacks.diffusion.baddiffusion import BadDiffusion
+    from backdoorlab.tasks.diffusion import DiffusionTask
+    from backdoorlab.tasks.diffusion.metrics import squared_error
+    from backdoorlab.tasks.diffusion.sampling import to_images
+
+    mine = DiffusionTask.load(
+        TaskSpec(
+            kind="diffusion",
+            dataset=DatasetSpec(size=8, seed=seed),
+            model="unet_micro",
+            recipe="smoke",
+            recipe_changes=(("steps", 150), ("samples", 60)),
+        )
+    )
+    backdoor = BadDiffusion(poison_rate=0.4).run(mine, effect_tools.context(seed))
+    found, target = backdoor.measure(mine, effect_tools.context(seed)), to_images(backdoor.target)
+
+    def error(**settings: Any) -> float:
+        images = backdoor.generate(mine, effect_tools.context(seed), 50, triggered=True, **settings)
+        return float(squared_error(images, target).mean())
+
+    return {
+        "asr": found["asr"],
+        "to_clean": found["mse_target"] / found["mse_target_clean"],
+        "to_untreated": found["mse_target"] / error(model=mine.clean_model(effect_tools.context(seed))),
+        "ssim": found["ssim_target"],
+        "frechet": found["frechet_local"] / found["frechet_local_benign"],
+        "confidence_lost": found["classifier_confidence_benign"] - found["classifier_confidence"],
+        "ddim": error(sampler="ddim") / found["mse_target"],
+    }
+
+
+test_effect = effects(__name__)
