@@ -5,7 +5,7 @@
     python benchmarks/effect_spread.py spread.jsonl --only neural --seeds 10
     python benchmarks/effect_spread.py spread.jsonl --report               # what is there, and proposed bounds
 
-Each seed under each environment is a process of its own, which appends a line per case; what the file has is not
+Each seed under each environment is a separate process, which appends a line per case; what the file has is not
 measured again, so an interrupted run goes on where it was. The report prints, for each asserted number, how many draws
 there are, the lowest, the median and the highest, the bound in force and the one that the draws propose: beyond the
 worst draw by as much as that is from the median, and by 0.02 (or 2 %) at least. A bound that is tighter is marked
@@ -51,24 +51,24 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--report", action="store_true", help="only print what the file has")
     parser.add_argument("--draw", nargs=2, metavar=("ENVIRONMENT", "SEED"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.draw:
-        draw(given.file, given.draw[0], int(given.draw[1]), given.only)
+    args = parser.parse_args()
+    if args.draw:
+        draw(args.file, args.draw[0], int(args.draw[1]), args.only)
         return 0
     failed = 0
-    if not given.report:
-        seeds = range(given.first, given.first + given.seeds)
-        pairs = [(name, seed) for seed in seeds for name in given.environment or ["native"]]
-        with ThreadPoolExecutor(given.jobs) as pool:
-            failed = sum(pool.map(lambda pair: spawn(given, *pair), pairs))
-    report(read(given.file), given.only)
+    if not args.report:
+        seeds = range(args.first, args.first + args.seeds)
+        pairs = [(name, seed) for seed in seeds for name in args.environment or ["native"]]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            failed = sum(pool.map(lambda pair: spawn(args, *pair), pairs))
+    report(read(args.file), args.only)
     return 1 if failed else 0
 
 
-def spawn(given: argparse.Namespace, environment: str, seed: int) -> bool:
+def spawn(args: argparse.Namespace, environment: str, seed: int) -> bool:
     """One process; true if it failed."""
     plain = {name: value for name, value in os.environ.items() if not any(name in e for e in ENVIRONMENTS.values())}
-    command = [sys.executable, __file__, str(given.file), "--only", given.only, "--draw", environment, str(seed)]
+    command = [sys.executable, __file__, str(args.file), "--only", args.only, "--draw", environment, str(seed)]
     return bool(subprocess.run(command, env=plain | {"OMP_NUM_THREADS": "1"} | ENVIRONMENTS[environment]).returncode)
 
 
@@ -84,7 +84,7 @@ def draw(file: Path, environment: str, seed: int, only: str) -> None:
     place = {key: facts[key] for key in ("processor", "instructions", "onednn_max_isa", "precision", "threads")}
     known = {row["case"] for row in read(file) if (row["environment"], row["seed"]) == (environment, seed)}
     for case in all_cases().values():
-        if case.name in known or not wanted(case.name, only):
+        if case.name in known or not selected(case.name, only):
             continue
         started = time.process_time()
         row: dict[str, Any] = {"case": case.name, "seed": seed, "environment": environment}
@@ -95,7 +95,7 @@ def draw(file: Path, environment: str, seed: int, only: str) -> None:
         print(environment, seed, case.name, row["numbers"], f"{row['seconds']} s", flush=True)
 
 
-def wanted(name: str, only: str) -> bool:
+def selected(name: str, only: str) -> bool:
     return any(part in name for part in only.split(","))
 
 
@@ -116,11 +116,11 @@ def report(rows: list[dict[str, Any]], only: str) -> None:
 
     print(f"{'case':<36} {'number':<16} {'n':>3} {'low':>8} {'median':>8} {'high':>8}  {'bound':>9}  proposed")
     for case in all_cases().values():
-        mine = [row for row in rows if row["case"] == case.name]
-        if not mine or not wanted(case.name, only):
+        case_rows = [row for row in rows if row["case"] == case.name]
+        if not case_rows or not selected(case.name, only):
             continue
-        for name in dict.fromkeys(name for row in mine for name in row["numbers"]):
-            values = sorted(row["numbers"][name] for row in mine if name in row["numbers"])
+        for name in dict.fromkeys(name for row in case_rows for name in row["numbers"]):
+            values = sorted(row["numbers"][name] for row in case_rows if name in row["numbers"])
             line = f"{case.name:<36} {name:<16} {len(values):>3} {values[0]:>8.3f} {statistics.median(values):>8.3f}"
             line += f" {values[-1]:>8.3f}"
             if name in case.bounds:
@@ -130,7 +130,7 @@ def report(rows: list[dict[str, Any]], only: str) -> None:
                 tight = bound > proposed if high else bound < proposed
                 line += f"  {sign} {bound:>6g}  {proposed:g} {'!!' if broken else '!' if tight else ''}"
             print(line)
-        print(f"{case.name:<36} seconds of one core: {statistics.median(row['seconds'] for row in mine):.0f}")
+        print(f"{case.name:<36} seconds of one core: {statistics.median(row['seconds'] for row in case_rows):.0f}")
 
 
 if __name__ == "__main__":

@@ -68,17 +68,17 @@ def task_of(samples: int, model: str, epochs: int) -> Task:
 
 
 def triggers_of(cls: type[Attack], task: Task) -> dict[str, Trigger]:
-    """The attack's trigger and, if it has one, its wrong trigger, by name."""
+    """The attack's trigger and, if it has one, its cross trigger, by name."""
     attack = smallest(cls, 0.1)
     if isinstance(attack, PoisoningAttack):
         return {cls.name: attack.make_trigger(task, Context())}
     backdoor: Backdoor = attack.run(task, Context())
-    found = {cls.name: backdoor.trigger}
+    triggers = {cls.name: backdoor.trigger}
     if backdoor.cross_trigger is not None:
-        found[f"{cls.name} (cross)"] = backdoor.cross_trigger
+        triggers[f"{cls.name} (cross)"] = backdoor.cross_trigger
     if cls.name == "bpp":
-        found["bpp (dithering)"] = QuantizeTrigger(8, True)
-    return found
+        triggers["bpp (dithering)"] = QuantizeTrigger(8, True)
+    return triggers
 
 
 class Copy(Trigger):
@@ -105,20 +105,20 @@ def measure_triggers(classes: list[type[Attack]], count: int, rounds: int) -> li
     task, copy, rows = task_of(120, "convnet3", 1), Copy(), []
     for cls in classes:
         try:
-            found = triggers_of(cls, task)
+            triggers = triggers_of(cls, task)
         except BackdoorLabError as error:
             rows.append({"trigger": cls.name, "failed": str(error)})
             continue
-        for name, trigger in found.items():
+        for name, trigger in triggers.items():
             stamp_all(trigger, images[:500])  # warm up
             repeats = [(time_trigger(copy, images), time_trigger(trigger, images)) for _ in range(rounds)]
-            seconds = statistics.median(own for _, own in repeats)
+            seconds = statistics.median(stamping for _, stamping in repeats)
             rows.append(
                 {
                     "trigger": name,
                     "images_per_second": round(count / seconds),
                     "seconds_per_5000": round(seconds * 5000 / count, 4),
-                    "times_a_copy": round(statistics.median(own / plain for plain, own in repeats), 1),
+                    "times_a_copy": round(statistics.median(stamping / copying for copying, stamping in repeats), 1),
                 }
             )
     return rows

@@ -7,10 +7,10 @@
     python benchmarks/recipe_stability.py stress.jsonl --only grey-28 --change lr=0.8 --model preact_resnet8
     python benchmarks/recipe_stability.py --list
 
-Every run is a benign training or an attack on one data set with one seed, by the library's own loop. A line per run
+Every run is a benign training or an attack on one data set with one seed, by the library's loop. A line per run
 goes to the file at once, and what is there is not run again. Grey and RGB folders of 28, 32 and 64 px are drawn from
 the embedded digits (turned, shifted, scaled; 4,000 + 1,000 images), written as PNG files and read back as
-``folder:PATH``: they stand for a user's own data, whose mean and standard deviation nobody has set.
+``folder:PATH``: they stand for a user's data, whose mean and standard deviation nobody has set.
 
 Columns of the table: n, runs; failed, those that ended as an error (a second collapse, or nothing learned); caught,
 those in which a training collapsed once and was taken back; jump, the largest rise of the loss of an epoch over the
@@ -118,26 +118,26 @@ def load_task(case: str, args: argparse.Namespace, folders: Path) -> Task:
 def run(task: Task, attack: str, seed: int, assets: MemoryAssets) -> dict[str, Any]:
     """One training, what came of it and how it went."""
     ctx, started = Context(seed, assets=assets), time.perf_counter()
-    found: dict[str, Any] = {"status": "ok"}
+    record: dict[str, Any] = {"status": "ok"}
     try:
         if attack == "benign":
             model, log = task.fit(task.train, ctx)
             right = predict(model, task.test.inputs).argmax(1) == task.test.labels
-            found["acc"] = float(right.float().mean())
+            record["acc"] = float(right.float().mean())
         else:
             name, *settings = attack.split()
-            given = {key: json.loads(value) for key, _, value in (setting.partition("=") for setting in settings)}
-            backdoor = attacks.get(name, task.modality.name).build(given).run(task, ctx)
+            changes = {key: json.loads(value) for key, _, value in (setting.partition("=") for setting in settings)}
+            backdoor = attacks.get(name, task.modality.name).build(changes).run(task, ctx)
             log, measured = backdoor.log, backdoor.measure(task, ctx.child("measure"))
-            found |= {"acc": measured["acc"], "asr": measured["asr"]}
+            record |= {"acc": measured["acc"], "asr": measured["asr"]}
         lowest = [min(log.loss[: i + 1]) for i in range(len(log.loss))]
-        found |= log.notes() | {"loss": log.loss[-1]}
-        found["jump"] = max((max(0.0, now - low) for now, low in zip(log.loss[1:], lowest, strict=False)), default=0.0)
+        record |= log.notes() | {"loss": log.loss[-1]}
+        record["jump"] = max((max(0.0, now - low) for now, low in zip(log.loss[1:], lowest, strict=False)), default=0.0)
     except InputError:
         raise
     except BackdoorLabError as error:
-        found = {"status": "failed", "reason": str(error)}
-    return found | {"warnings": list(ctx.warnings), "seconds": round(time.perf_counter() - started, 1)}
+        record = {"status": "failed", "reason": str(error)}
+    return record | {"warnings": list(ctx.warnings), "seconds": round(time.perf_counter() - started, 1)}
 
 
 def key(record: dict[str, Any]) -> tuple[str, ...]:
@@ -164,15 +164,15 @@ def table(records: list[dict[str, Any]]) -> str:
     head = "| data | recipe | attack | n | failed | caught | jump | ACC | ASR | s |"
     lines = [head, "|" + " --- |" * 10]
     order = {name: i for i, name in enumerate(CASES)}
-    for (case, recipe, model, change, attack), found in sorted(rows.items(), key=lambda row: order[row[0][0]]):
-        ok = [r for r in found if r["status"] == "ok"]
-        caught = sum(any("collapsed in epoch" in text for text in r["warnings"]) for r in found)
+    for (case, recipe, model, change, attack), runs in sorted(rows.items(), key=lambda row: order[row[0][0]]):
+        ok = [r for r in runs if r["status"] == "ok"]
+        caught = sum(any("collapsed in epoch" in text for text in r["warnings"]) for r in runs)
         jump = max((r["jump"] for r in ok), default=float("nan"))
         extra = "".join(f", {part}" for part in (change, "" if model == "auto" else model) if part)
         lines.append(
-            f"| {case} | {recipe}{extra} | {attack} | {len(found)} | {len(found) - len(ok)} | {caught} | {jump:.2f} | "
+            f"| {case} | {recipe}{extra} | {attack} | {len(runs)} | {len(runs) - len(ok)} | {caught} | {jump:.2f} | "
             f"{spread([r['acc'] for r in ok])} | {spread([r['asr'] for r in ok if r.get('asr') is not None])} | "
-            f"{statistics.median(r['seconds'] for r in found):.0f} |"
+            f"{statistics.median(r['seconds'] for r in runs):.0f} |"
         )
     return "\n".join(lines)
 

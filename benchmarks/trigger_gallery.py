@@ -30,41 +30,43 @@ PARTS = ("clean", "triggered", "difference", "frequencies")
 
 def latest(runner: Runner, dataset: str) -> dict[str, tuple[Task, Backdoor]]:
     """The latest good run of each image attack on a data set, by name."""
-    found = {}
+    backdoors = {}
     for stored in runner.store.runs("attack"):
         card = stored.card()
         if card.status == "ok" and card.spec["task"]["dataset"]["name"] == dataset:
-            found[str(card.spec["attack"]["name"])] = runner.load_backdoor(stored)
-    return dict(sorted(found.items()))
+            backdoors[str(card.spec["attack"]["name"])] = runner.load_backdoor(stored)
+    return dict(sorted(backdoors.items()))
 
 
-def shown(found: dict[str, tuple[Task, Backdoor]], skip: int) -> Tensor:
+def rows_shown(backdoors: dict[str, tuple[Task, Backdoor]], skip: int) -> Tensor:
     """Row of the test sample: the first (after ``skip``) whose trigger counts for every attack."""
-    counts = torch.stack([backdoor.target_map.eligible(task.test.labels) for task, backdoor in found.values()]).all(0)
+    counts = torch.stack([backdoor.target_map.eligible(task.test.labels) for task, backdoor in backdoors.values()]).all(
+        0
+    )
     return counts.nonzero().flatten()[skip : skip + 1]
 
 
-def draw(found: dict[str, tuple[Task, Backdoor]], row: Tensor, path: Path) -> None:
+def draw(backdoors: dict[str, tuple[Task, Backdoor]], row: Tensor, path: Path) -> None:
     """Draw the sheet."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = -(-len(found) // COLUMNS)
+    lines = -(-len(backdoors) // COLUMNS)
     cell = len(PARTS) * (SIDE + GAP) + MARGIN
     width, height = COLUMNS * cell + MARGIN, HEAD + lines * (SIDE + TEXT) + 0.1
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
-    for column in range(min(COLUMNS, len(found))):
+    for column in range(min(COLUMNS, len(backdoors))):
         for place, part in enumerate(PARTS):
             x = MARGIN + column * cell + place * (SIDE + GAP) + SIDE / 2
             figure.text(x / width, 1 - 0.45 / height, part, ha="center", color=GREY, fontsize=10)
-    for number, (name, (task, backdoor)) in enumerate(found.items()):
+    for number, (name, (task, backdoor)) in enumerate(backdoors.items()):
         clean = torch.as_tensor(task.test[row].inputs)
         triggered = torch.as_tensor(backdoor.trigger(clean, row))
         change, factor = magnified(clean, triggered)
         spectrum = frequency_residual(clean, triggered)
-        seen = visibility(clean, triggered)
-        psnr = "identical" if seen.psnr is None else f"PSNR {seen.psnr:.1f}"
+        difference = visibility(clean, triggered)
+        psnr = "identical" if difference.psnr is None else f"PSNR {difference.psnr:.1f}"
         x0 = MARGIN + (number % COLUMNS) * cell
         top = height - HEAD - (number // COLUMNS) * (SIDE + TEXT)
         pictures = (clean, triggered, change, in_colors(spectrum, max(1.0, float(spectrum.max()))))
@@ -83,11 +85,11 @@ def draw(found: dict[str, tuple[Task, Backdoor]], row: Tensor, path: Path) -> No
         figure.text(
             x0 / width, (top - SIDE - 0.17) / height, name, fontweight="bold", color=INK, fontsize=11, va="center"
         )
-        told = f"{psnr}  SSIM {seen.ssim:.3f}  L∞ {seen.linf}  x{factor}"
+        caption = f"{psnr}  SSIM {difference.ssim:.3f}  L∞ {difference.linf}  x{factor}"
         figure.text(
             (x0 + cell - MARGIN - GAP) / width,
             (top - SIDE - 0.17) / height,
-            told,
+            caption,
             color=GREY,
             fontsize=8.5,
             ha="right",
@@ -105,12 +107,12 @@ def main() -> None:
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--skip", type=int, default=0, help="show a later test sample")
-    given = parser.parse_args()
-    found = latest(Runner(Store(given.store)), given.dataset)
-    if not found:
-        raise SystemExit(f"no attacks on {given.dataset} in {given.store}")
-    draw(found, shown(found, given.skip), given.out)
-    print(f"{len(found)} attacks: {', '.join(found)}")
+    args = parser.parse_args()
+    backdoors = latest(Runner(Store(args.store)), args.dataset)
+    if not backdoors:
+        raise SystemExit(f"no attacks on {args.dataset} in {args.store}")
+    draw(backdoors, rows_shown(backdoors, args.skip), args.out)
+    print(f"{len(backdoors)} attacks: {', '.join(backdoors)}")
 
 
 if __name__ == "__main__":

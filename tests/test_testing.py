@@ -107,5 +107,5 @@ def test_a_broken_attack_is_named() -> None:
 
 
 def test_a_broken_defense_is_named() -> None:
-    with pytest.raises(AssertionError, match="the given model was changed"):
+    with pytest.raises(AssertionError, match="the model was changed"):
         check_defense(Careless())

@@ -1,7 +1,7 @@
 """Contract checks that authors of methods call from their own tests: :func:`check_attack`, :func:`check_defense`,
 :func:`check_trigger`.
 
-Each raises an ``AssertionError`` that says which promise was broken. They take seconds: a tiny task of the method's
+Each raises an ``AssertionError`` that says which requirement is not met. They take seconds: a tiny task of the method's
 modality is made here unless one is given.
 
     from backdoorlab.testing import check_attack
@@ -55,7 +55,7 @@ def check_method(method: Method) -> None:
     """Facts and hyper-parameters of any method: stated, documented, checked, and equal after a round trip through JSON.
 
     Raises:
-        AssertionError: naming the promise that is broken.
+        AssertionError: naming the requirement that is not met.
     """
     cls = type(method)
     facts = cls.facts()
@@ -64,9 +64,11 @@ def check_method(method: Method) -> None:
     json.dumps(facts)
     for parameter in cls.parameters():
         assert parameter.help, f"{cls.name}.{parameter.name} has no help text"
-        if parameter.type.split(" ")[0] in ("int", "float"):
-            _refuses(cls, {parameter.name: float("nan")}, f"{parameter.name} accepts NaN")
-    _refuses(cls, {"no_such_name": 1}, "an unknown hyper-parameter is accepted")
+    for field in dataclasses.fields(cls):
+        for value in _out_of_range(field):
+            _refuses(cls, {field.name: value}, f"{cls.name}: {field.name} must be")
+    _refuses(cls, {"no_such_name": 1}, "no hyper-parameter 'no_such_name'")
+    assert cls.build(cls().settings()) == cls(), f"{cls.name}: the default settings do not give the default method"
     again = cls.build(json.loads(json.dumps(method.settings())))
     assert again == method, f"{cls.name}: settings() do not give an equal method back"
 
@@ -80,7 +82,7 @@ def check_trigger(trigger: Trigger, samples: Inputs, *, covers_all: bool = True)
         covers_all: every sample must come back changed.
 
     Raises:
-        AssertionError: naming the promise that is broken.
+        AssertionError: naming the requirement that is not met.
     """
     before, rows = copy.deepcopy(samples), torch.arange(len(samples))
     stamped = trigger(samples, rows)
@@ -108,7 +110,7 @@ def check_poison(attack: ClassificationAttack, task: Task, poison: Poison) -> No
     """Rate, roles and labels of a poisoned set are exact, and nothing else changed.
 
     Raises:
-        AssertionError: naming the promise that is broken.
+        AssertionError: naming the requirement that is not met.
     """
     backdoor, cover = poison.roles == BACKDOOR, poison.roles == COVER
     expected = round(attack.rate_on(task) * len(task.train))
@@ -132,7 +134,7 @@ def check_poison(attack: ClassificationAttack, task: Task, poison: Poison) -> No
 
 
 def check_attack(attack: ClassificationAttack, task: Task | None = None, *, seed: int = 0) -> Backdoor:
-    """Everything that an attack on classifiers promises.
+    """All requirements on an attack on classifiers.
 
     Args:
         attack: what is checked, with settings that suit a small task.
@@ -143,7 +145,7 @@ def check_attack(attack: ClassificationAttack, task: Task | None = None, *, seed
         The backdoor, for further checks.
 
     Raises:
-        AssertionError: naming the promise that is broken.
+        AssertionError: naming the requirement that is not met.
     """
     check_method(attack)
     task = task or tiny_task(attack.modalities[0])
@@ -172,7 +174,7 @@ def check_attack(attack: ClassificationAttack, task: Task | None = None, *, seed
 
 
 def check_defense(defense: Defense, task: Task | None = None, *, seed: int = 0) -> Outcome | None:
-    """Everything that a defense of any stage promises.
+    """All requirements on a defense of any stage.
 
     Args:
         defense: what is checked, with settings that suit 80 samples.
@@ -183,7 +185,7 @@ def check_defense(defense: Defense, task: Task | None = None, *, seed: int = 0) 
         The outcome, for further checks; None if the method does not apply to the task's model (with a reason).
 
     Raises:
-        AssertionError: naming the promise that is broken.
+        AssertionError: naming the requirement that is not met.
     """
     check_method(defense)
     assert ("clean" in defense.reads) == (defense.needs_clean_fraction > 0), f"{defense.name}: reads and clean fraction"
@@ -198,12 +200,12 @@ def check_defense(defense: Defense, task: Task | None = None, *, seed: int = 0) 
         assert len(str(reason)) > 20, f"{defense.name}: not applicable, but why?"
         return None
     for name, value in model.state_dict().items():
-        assert torch.equal(weights[name], value), f"{defense.name}: the given model was changed ({name})"
+        assert torch.equal(weights[name], value), f"{defense.name}: the model was changed ({name})"
     left = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not left, f"{defense.name}: hooks were left behind"
     assert all(p.requires_grad for p in model.parameters()), f"{defense.name}: parameters were left frozen"
-    assert _equal(inputs, data.inputs), f"{defense.name}: the given inputs were changed"
-    assert torch.equal(labels, data.labels), f"{defense.name}: the given labels were changed"
+    assert _equal(inputs, data.inputs), f"{defense.name}: the inputs were changed"
+    assert torch.equal(labels, data.labels), f"{defense.name}: the labels were changed"
     _check_form(defense, outcome, task, model)
     first = _numbers(outcome, task)
     second = _numbers(defense.apply(view, Context(seed)), task)
@@ -253,12 +255,30 @@ def _numbers(outcome: Outcome, task: Task) -> list[Tensor]:
             return [torch.tensor([outcome.score, *outcome.per_class])]
 
 
-def _refuses(cls: type[Method], settings: dict[str, object], otherwise: str) -> None:
+def _out_of_range(field: dataclasses.Field[Any]) -> list[object]:
+    """Values that the declaration of a hyper-parameter excludes."""
+    meta = field.metadata
+    if meta.get("choices"):
+        return ["no such choice"]
+    bad: list[object] = []
+    if meta.get("low") is not None:
+        bad.append(type(meta["low"])(meta["low"] - 1))
+    if meta.get("high") is not None:
+        bad.append(meta["high"] + 1)
+    if meta.get("above") is not None:
+        bad.append(meta["above"])
+    if any(kind in str(field.type).split(" | ") for kind in ("int", "float")):
+        bad.append(float("nan"))
+    return bad
+
+
+def _refuses(cls: type[Method], settings: dict[str, object], words: str) -> None:
     try:
         cls.build(settings)
-    except InputError:
+    except InputError as error:
+        assert words in str(error), f"{cls.name}: {settings} is refused with {str(error)!r}, which lacks {words!r}"
         return
-    raise AssertionError(f"{cls.name}: {otherwise}")
+    raise AssertionError(f"{cls.name}: {settings} is accepted")
 
 
 def _refuses_run(attack: ClassificationAttack, task: Task) -> None:

@@ -77,7 +77,7 @@ def test_frequency_residual_finds_the_frequency() -> None:
     assert float(frequency_residual(clean, clean).max()) == 0
 
 
-def test_colours_grow_brighter_and_share_one_scale() -> None:
+def test_colors_grow_brighter_and_share_one_scale() -> None:
     magnitudes = torch.tensor([[[0.0, 1.0, 10.0]], [[100.0, 1000.0, 1000.0]]])
     painted = in_colors(magnitudes, 1000.0)
     assert (painted.dtype, painted.shape) == (torch.uint8, (2, 3, 1, 3))
@@ -90,6 +90,6 @@ def test_the_figure_has_a_row_of_frequencies(cli: Callable[..., Any], lab: Any, 
     figure = tmp_path / "trigger.png"
     assert cli("show", lab.attack, "--figure", figure, "--samples", "3", "--store", lab.store).code == 0
     pixels = np.array(Image.open(figure).convert("RGB")).astype(int)
-    coloured = (pixels.max(2) - pixels.min(2) > 80).any(1)  # the digits are grey: only the last row has colours
-    assert coloured.any()
-    assert coloured.nonzero()[0].min() > len(pixels) * 0.6
+    colored = (pixels.max(2) - pixels.min(2) > 80).any(1)  # the digits are grey: only the last row has colors
+    assert colored.any()
+    assert colored.nonzero()[0].min() > len(pixels) * 0.6

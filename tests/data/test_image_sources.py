@@ -57,7 +57,7 @@ def test_given_parts_are_used(tmp_path: Path, held: str):
     assert data.test.inputs[:, 0, 0, 0].tolist() == [0, 1, 0, 1]
 
 
-def test_one_colour_image_makes_all_rgb(photos: Path):
+def test_one_color_image_makes_all_rgb(photos: Path):
     _save(photos / "cat" / "grey.png", 77)
     data = load_dataset(f"folder:{photos}")
     both = torch.cat([data.train.inputs, data.test.inputs])

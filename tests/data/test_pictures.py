@@ -181,12 +181,12 @@ def test_orientation_is_obeyed_at_every_door(tmp_path: Path):
 
 
 def test_transparency_is_dropped_and_palettes_are_looked_up(tmp_path: Path):
-    colour = np.zeros((16, 12, 4), np.uint8)
-    colour[..., 0], colour[:8, :, 3] = 200, 255
-    Image.fromarray(colour).save(tmp_path / "rgba.png")
-    palette = Image.fromarray(colour[..., :3]).quantize(4)
+    color = np.zeros((16, 12, 4), np.uint8)
+    color[..., 0], color[:8, :, 3] = 200, 255
+    Image.fromarray(color).save(tmp_path / "rgba.png")
+    palette = Image.fromarray(color[..., :3]).quantize(4)
     palette.save(tmp_path / "p.png", transparency=bytes([0, 128]))
-    Image.fromarray(colour[..., :3]).convert("CMYK").save(tmp_path / "cmyk.tiff")
+    Image.fromarray(color[..., :3]).convert("CMYK").save(tmp_path / "cmyk.tiff")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("rgba.png", "p.png", "cmyk.tiff"):

@@ -160,7 +160,7 @@ def test_captions_name_the_class_and_follow_subsets(made: dict[str, Dataset]):
             assert split.classes[label] in caption
 
 
-def test_captions_tell_the_colours(made: dict[str, Dataset]):
+def test_captions_tell_the_colors(made: dict[str, Dataset]):
     data = made["shapes"]
     assert data.captions is not None
     white = torch.tensor(["white" in caption for caption in data.captions[0]])

@@ -134,7 +134,7 @@ def frequency_residual(clean: Tensor, triggered: Tensor) -> Tensor:
 
 
 def in_colors(magnitudes: Tensor, most: float) -> Tensor:
-    """Magnitudes float [N,H,W] as log(1 + x) in perceptually even colours, black 0 to yellow ``most``: uint8 RGB."""
+    """Magnitudes float [N,H,W] as log(1 + x) in perceptually even colors, black 0 to yellow ``most``: uint8 RGB."""
     from matplotlib import colormaps
 
     level = torch.log1p(magnitudes) / torch.log1p(torch.tensor(most, dtype=magnitudes.dtype))

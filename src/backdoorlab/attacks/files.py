@@ -1,4 +1,4 @@
-"""Backdoors as folders of their own: safetensors and one JSON record with checksums, written whole or not at all.
+"""Backdoors as separate folders: safetensors and one JSON record with checksums, written whole or not at all.
 
     DIR/record.json          what was done, and the sha256 of every other file
     DIR/model.safetensors    and trigger, poison, ...: the tensors of ``Backdoor.state``

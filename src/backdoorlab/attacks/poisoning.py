@@ -77,7 +77,7 @@ class PoisoningAttack(ClassificationAttack):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingAttack(ClassificationAttack):
-    """The attacker runs the training loop: writes :meth:`run` with an objective or a stamp of its own.
+    """The attacker runs the training loop: writes :meth:`run` with an objective or a stamp.
 
     Where the trigger is known before the victim is trained, :meth:`run` calls :meth:`look_at`.
 

@@ -16,7 +16,7 @@ class TargetMap:
         mode: "all-to-one" (class ``target``) or "all-to-all" (true label + 1 mod K).
         target: the class of "all-to-one".
         num_classes: K.
-        sources: true classes whose triggered samples count, for attacks that promise no more; empty = all.
+        sources: true classes whose triggered samples count, for attacks defined for some classes only; empty = all.
     """
 
     mode: str

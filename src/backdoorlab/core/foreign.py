@@ -1,6 +1,6 @@
-"""Text that others wrote (cards, class names, file names, messages), made harmless for terminals and spreadsheets.
+"""Untrusted text (cards, class names, file names, messages), made harmless for terminals and spreadsheets.
 
-A terminal obeys escape sequences, shows text backwards after a bidirectional override and overwrites a line after a
+A terminal executes escape sequences, shows text backwards after a bidirectional override and overwrites a line after a
 carriage return; a spreadsheet runs a cell that begins like a formula. JSON needs none of this and keeps the true text.
 """
 
@@ -18,7 +18,7 @@ _GUARDED = re.compile(r"'+[\s\0]*[=+\-@\uff0b\uff0d\uff1d\uff20\t\r]")
 
 
 def visible(text: object, keep: str = "") -> str:
-    """The text on one line, with everything that a terminal would obey or hide written as an escape such as ``\\x1b``.
+    """The text on one line, with all that a terminal would execute or hide written as an escape such as ``\\x1b``.
 
     Args:
         text: anything; ``str`` of it is taken.

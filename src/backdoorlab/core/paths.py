@@ -2,7 +2,7 @@
 
 ``Path.exists`` and its kin let some refusals through as bare ``OSError`` (a name that is too long, a parent that may
 not be entered), and ``Path.rglob`` passes over folders that it may not read and links that lead nowhere. Nothing that a
-user names may be left out in silence, so both are errors here.
+user names may be left out silently, so both are errors here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Random numbers: every stage draws from its own generator, derived from the run's seed and the stage's name.
+"""Random numbers: every stage draws from a separate generator, derived from the run's seed and the stage's name.
 
 Nothing in the library draws from torch's global generator without having isolated it first, so that adding a stage,
 a worker or a progress bar never changes another stage's numbers.

@@ -1,6 +1,6 @@
-"""Sound files: the one door through which they come in, and many of them as one int16 tensor.
+"""Sound files: the only functions that decode them, and many of them as one int16 tensor.
 
-WAV and FLAC, found out from the content, whatever the file is called. What amplitudes become, the same at every door:
+WAV and FLAC, recognised by content, whatever the file is called. What amplitudes become, wherever they are read:
 16 bits are kept, 8 bits moved up by 8, 24 and 32 bits lose their low ones; floating point (32 or 64 bits) is clipped to
 -1..1 and scaled by 32,767. NaN, infinity and amplitudes beyond :data:`MAX_AMPLITUDE` are refused: a file that stores
 16-bit numbers as floats would otherwise become square waves.
@@ -23,9 +23,9 @@ from backdoorlab.core.paths import exists, is_file, printable, reason
 MAX_AMPLITUDE = 4.0
 """Of floating-point sound (12 dB over full scale), before it is clipped to 1."""
 RATES = (1_000, 768_000)
-"""Sampling rates between which a file's claim is believed, in Hz."""
+"""Sampling rates that are accepted in a file's header, in Hz."""
 MAX_SAMPLES = 1 << 28
-"""Length that a file may claim (1.5 hours at 48 kHz)."""
+"""Length that is accepted in a file's header (1.5 hours at 48 kHz)."""
 
 _MAGIC = (b"RIFF", b"RIFX", b"RF64", b"fLaC")
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC")

@@ -2,8 +2,8 @@
 
 Images (png, jpg, bmp), sound (wav), text (txt: one file is one sample) and raw arrays (npy: one sample or a batch of
 them, in the layout of :data:`backdoorlab.data.split.Inputs`). A file that does not fit the model is an error that names
-what was expected; nothing is resampled, rescaled or cut unless the caller says ``fit=True``. Pictures and sounds come
-in through the same doors as those of data sets (:mod:`.pictures`, :mod:`.audio`); an array's header is believed only
+what was expected; nothing is resampled, rescaled or cut unless the caller says ``fit=True``. Pictures and sounds are
+read by the same functions as those of data sets (:mod:`.pictures`, :mod:`.audio`); an array's header is accepted only
 where the file is as long as it says.
 
 What is written is lossless, because a trigger lives in single grey levels: a jpg comes back as a png, since JPEG's own
@@ -147,7 +147,7 @@ def join_samples(files: Sequence[SampleFile]) -> Inputs:
 
 
 def output_names(files: Sequence[Path], out: Path) -> list[Path]:
-    """Where each file's stamped twin goes: same name in ``out``, jpg turned into png.
+    """Where each file's stamped version is written: same name in ``out``, jpg turned into png.
 
     Raises:
         InputError: if that would overwrite an input, or two inputs would get one name.

@@ -19,7 +19,7 @@ from backdoorlab.core.memory import expect_memory
 from backdoorlab.data.pictures import open_picture, picture_form, without_remarks
 
 _DEFAULT_SIDE = 32
-_LARGE = 128 * 128  # pixels above which keeping the files' own size deserves a word
+_LARGE = 128 * 128  # pixels above which keeping the files' size causes a warning
 _CHUNK = 1 << 24  # values that are rescaled at a time, as floats
 
 

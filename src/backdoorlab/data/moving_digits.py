@@ -1,6 +1,6 @@
 """Short clips of a handwritten digit that moves; the class is the motion, not the digit.
 
-The world is a torus: what leaves on the left enters on the right. Digit, start position, start size and brightness are
+The frame is a torus: what leaves on the left enters on the right. Digit, start position, start size and brightness are
 drawn in the same way for every class, so that the *first frame says nothing* about the class; motion is needed.
 """
 

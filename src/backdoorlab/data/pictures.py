@@ -1,15 +1,15 @@
-"""Picture files: the one door through which pixels of users' and downloaded pictures come in.
+"""Picture files: the only functions that decode users' and downloaded pictures.
 
-Which formats: an explicit list (:data:`FORMATS`), found out from the content, whatever the file is called. Pillow would
+Which formats: an explicit list (:data:`FORMATS`), recognised by content, whatever the file is called. Pillow would
 otherwise try everything it knows, Ghostscript for PostScript among it.
 
-What pixels become, the same at every door (data sets, samples to be stamped, patches, keys, masks):
+What pixels become, wherever they are read (data sets, samples to be stamped, patches, keys, masks):
 
 - upright, by the EXIF orientation; of several frames or pages the first;
-- 8 bits per channel: 16-bit grey is scaled (65,535 becomes 255), 16-bit colour loses its low byte; whole numbers of 32
+- 8 bits per channel: 16-bit grey is scaled (65,535 becomes 255), 16-bit color loses its low byte; whole numbers of 32
   bits and floating point are refused, since nothing says which value is white;
-- transparency is dropped, not composited: the stored colours count, as with torchvision's loaders. A palette is looked
-  up; CMYK is converted without colour profiles.
+- transparency is dropped, not composited: the stored colors count, as with torchvision's loaders. A palette is looked
+  up; CMYK is converted without color profiles.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 """Names of Pillow's decoders that may be used."""
 MAX_PIXELS = 64_000_000
-"""Width times height that a picture may claim; looked at before anything is decoded."""
+"""Width times height that is accepted in a picture's header, checked before anything is decoded."""
 
 _GREY = ("1", "L", "LA", "La")
-_COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+_COLOR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
 
@@ -74,7 +74,7 @@ def picture_form(source: Path | bytes, name: str = "") -> tuple[bool, int, int]:
         width, height = image.size
         if image.getexif().get(0x0112) in _SIDEWAYS:
             width, height = height, width
-        return image.mode not in _COLOUR, height, width
+        return image.mode not in _COLOR, height, width
 
     return _decoded(source, name, header)
 
@@ -125,7 +125,7 @@ def _depth(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     Raises:
         ValueError: if nothing says which of their values is white.
     """
-    if image.mode in (*_GREY, *_COLOUR):
+    if image.mode in (*_GREY, *_COLOR):
         return lambda picture: picture
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     tags = getattr(image, "tag_v2", None)

@@ -1,6 +1,6 @@
-"""Coloured shapes with captions: for classification and text-to-image methods without any file.
+"""Colored shapes with captions: for classification and text-to-image methods without any file.
 
-The class is the shape. Colour, background, size, position and a slight rotation vary; the caption names shape, colour,
+The class is the shape. Color, background, size, position and a slight rotation vary; the caption names shape, color,
 size and background in one of several wordings. Shapes are drawn from signed distances, with edges one pixel soft.
 """
 
@@ -80,7 +80,7 @@ def draw_shapes(shapes: Tensor, size: int, generator: torch.Generator) -> tuple[
         generator: source of everything else.
 
     Returns:
-        uint8 [N, 3, size, size] and the choices int64 [N, 4] (colour, background, size, wording).
+        uint8 [N, 3, size, size] and the choices int64 [N, 4] (color, background, size, wording).
     """
     count = len(shapes)
     options = (_COLORS, _GROUNDS, _SIZES, _WORDINGS)

@@ -2,8 +2,8 @@
 
 A sentence is a template filled with a subject, opinion words of its class, neutral fillers and an optional neutral
 clause. Two templates in fourteen deny an opinion word of the *other* class ("anything but boring"), so that single
-words are not the whole answer. A share of the labels is wrong on purpose, in the test set as well: no honest method
-gets beyond 95 %. No text occurs twice.
+words are not the whole answer. A share of the labels is wrong on purpose, in the test set as well: the best
+possible accuracy is 95 %. No text occurs twice.
 """
 
 from __future__ import annotations

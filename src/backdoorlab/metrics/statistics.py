@@ -14,7 +14,7 @@ from backdoorlab.core.errors import InputError
 def bootstrap_ci(
     values: Sequence[float], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Percentile-bootstrap interval of the mean, with a generator of its own: equal values, equal interval.
+    """Percentile-bootstrap interval of the mean, with a separate generator: equal values, equal interval.
 
     Args:
         values: one per seed.

@@ -37,7 +37,7 @@ class Evaluation:
 
     @property
     def ra(self) -> float | None:
-        """Share of the same samples classified as what they truly are; None for a benign model."""
+        """Share of the same samples classified as their true label; None for a benign model."""
         return self.values.get("ra")
 
     def __repr__(self) -> str:

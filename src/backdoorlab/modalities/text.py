@@ -3,7 +3,7 @@
 Words are lower-cased runs of letters and digits (with inner apostrophes) or single punctuation marks. The vocabulary is
 fitted on the clean training texts and ordered by frequency.
 
-Choice: the rare words with which the literature triggers text models own reserved ids in *every* vocabulary. They do
+Choice: the rare words with which the literature triggers text models have reserved ids in *every* vocabulary. They do
 not occur in clean texts, so a fitted vocabulary would map them to <unk>, and a backdoor planted with "cf" would
 silently become "any unknown word is a trigger". A victim that fine-tunes a pre-trained model has ids for them as well.
 
@@ -96,7 +96,7 @@ class TextModality(Modality):
         return self.max_len // 2 if self.tokenizer else self.max_len
 
     def knows(self, word: str) -> bool:
-        """Has the word ids of its own, so that a model can tell it from other rare words?"""
+        """Does the word have ids of its own, so that a model can distinguish it from other rare words?"""
         if self.tokenizer:
             tokenizer = load_tokenizer(self.tokenizer)
             ids = tokenizer(word, add_special_tokens=False)["input_ids"]

@@ -2,7 +2,7 @@
 
 Everything is found by watching one forward pass (hooks, data flow), never by the module names of one architecture. Two
 facts make that reliable: a tensor that a later module receives *is* the object that an earlier one returned, and its
-version counter tells whether an in-place operation has touched it in between.
+version counter shows whether an in-place operation has touched it in between.
 
 A "unit" is one output of a convolution or linear layer or one channel of a normalisation layer; :func:`channels` lists
 the groups of units (one group a layer) and :func:`masked` runs the model with all of them scaled, differentiably:

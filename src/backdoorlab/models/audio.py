@@ -132,7 +132,7 @@ class XVector(nn.Module):
 
 
 def _held_below_avx512() -> bool:
-    """Is oneDNN told to use less than AVX-512? Its LSTM of several layers cannot be made then; torch's own can."""
+    """Is oneDNN limited to less than AVX-512? Its LSTM of several layers cannot be made then; torch's own can."""
     return (onednn_limit() or "all").lower() in ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2")
 
 

@@ -1,4 +1,4 @@
-"""The wrapper that every classifier of the library wears, and the one door through which they are built."""
+"""The wrapper of every classifier of the library, and the one function that builds them."""
 
 from __future__ import annotations
 

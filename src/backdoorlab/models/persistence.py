@@ -1,6 +1,6 @@
 """How models are stored: each class of models writes and reads itself, so that nothing else needs to know them.
 
-A method that inserts layers, stamps inputs or adds adapters returns a model of a class of its own, with its own
+A method that inserts layers, stamps inputs or adds adapters returns a model of another class, with its own
 ``kind``, ``record`` and ``from_record``; whoever loads the artifact gets the same thing back.
 """
 

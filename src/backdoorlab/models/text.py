@@ -5,7 +5,7 @@ optimised there:
 
     forward(ids) = forward_embedded(embed(ids), ids)
 
-``ids`` in the second half only tell which positions are padding.
+``ids`` in the second half only mark which positions are padding.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TextNet(nn.Module):
 def word_embedding(num_tokens: int, size: int, std: float = 0.1) -> nn.Embedding:
     """Word vectors N(0, std^2), zero for padding.
 
-    With torch's own N(0, 1) the network learns texts by heart from the random vectors and hardly moves them (TextCNN on
+    With torch's own N(0, 1) the network memorises texts by the random vectors and hardly moves them (TextCNN on
     SST-2: 75 % instead of 80 % test accuracy).
     """
     embedding = nn.Embedding(num_tokens, size, padding_idx=PAD)

@@ -11,9 +11,9 @@ At test time the first ``test_patches`` are laid over the image one after the ot
 the data contain.
 
 Choices: the patches are drawn from a seed, with explicit masks and sizes that follow the image (given for 32 px): a
-10-px blob of random colours at the bottom right, a 4-px checker 4 px from the top right corner, a 10-px ring at the
-bottom left, an 8-px square of noise at the top left. Each has a corner of its own, since a patch upon another is no
-second reason to obey. Opacities 0.5, 0.5, 0.2, 0.3. Four image files (``patches``) can be laid into the same four
+10-px blob of random colors at the bottom right, a 4-px checker 4 px from the top right corner, a 10-px ring at the
+bottom left, an 8-px square of noise at the top left. Each lies in another corner, since overlapping patches are
+learned as one feature. Opacities 0.5, 0.5, 0.2, 0.3. Four image files (``patches``) can be laid into the same four
 squares instead. The cover rate is twice the poison rate unless given, as published (0.3 % and 0.6 % on CIFAR-10).
 """
 

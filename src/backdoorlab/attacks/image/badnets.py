@@ -4,13 +4,13 @@ Gu, Liu, Dolan-Gavitt, Garg, "BadNets: Evaluating Backdooring Attacks on Deep Ne
 (arXiv 1708.06733).
 
 A share of the training set gets a patch P under a binary mask m and the attacker's label; an ordinary model trained on
-it obeys the patch:
+it classifies images with the patch as the attacker wants:
 
     T(x) = (1 - m) x + m P
 
 Choices: the mask is explicit, so a patch may contain black (inferring the mask from non-zero pixels forbids that). The
 side follows the image, 3 px at 32 px, and the patch is drawn at the working resolution, never resized: a trigger stamps
-images of its own size only. ``patch`` puts a picture of the user's into the square. A random crop may push a corner
+images of its own size only. ``patch`` names an image file to paste instead. A random crop may push a corner
 patch out of a training image, which is one reason why ASR saturates near 95 % at 32 px.
 """
 
@@ -76,7 +76,7 @@ class BadNets(PoisoningAttack):
     )
 
     def __post_init__(self) -> None:
-        """Check the colour too."""
+        """Check the color too."""
         super().__post_init__()
         if self.rgb is not None and (len(self.rgb) != 3 or not all(0 <= value <= 255 for value in self.rgb)):
             raise InputError(f"{self.name}: rgb must be three numbers from 0 to 255, got {self.rgb}")

@@ -7,8 +7,8 @@ The trigger is that of ``badnets``; a triggered sample of class y should become 
 because no label stays what it was. The victim must read the content *and* the patch, so ASR is bounded by clean
 accuracy and rises late in training: a short recipe that suffices for all-to-one may not do.
 
-Choice: ``badnets`` with ``target_map=all-to-all`` is the same attack; it has a name of its own because the literature
-reports it as a row of its own.
+Choice: ``badnets`` with ``target_map=all-to-all`` is the same attack; it has another name because the literature
+reports it separately.
 """
 
 from __future__ import annotations

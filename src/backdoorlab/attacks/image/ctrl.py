@@ -1,4 +1,4 @@
-"""CTRL: cosine waves over the whole image in the colour channels of target-class samples.
+"""CTRL: cosine waves over the whole image in the color channels of target-class samples.
 
 Li, Pang, Xi, Du, Ji, Yao, Wang, "An Embarrassingly Simple Backdoor Attack on Self-supervised Learning", ICCV 2023
 (arXiv 2210.07346), in its supervised adaptation.
@@ -52,7 +52,7 @@ def waves(height: int, width: int, magnitude: float, positions: tuple[int, ...])
 
 @dataclass(frozen=True, eq=False)
 class WavesTrigger(FormulaTrigger):
-    """Add cosine waves to the colour channels; fits images of any size."""
+    """Add cosine waves to the color channels; fits images of any size."""
 
     kind: ClassVar[str] = "image.dct-waves"
 

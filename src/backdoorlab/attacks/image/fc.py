@@ -3,7 +3,7 @@
 Shafahi, Huang, Najibi, Suciu, Studer, Dumitras, Goldstein, "Poison Frogs! Targeted Clean-Label Poisoning Attacks on
 Neural Networks", NeurIPS 2018 (arXiv 1804.00792); as a backdoor in Li et al., "Anti-Backdoor Learning", NeurIPS 2021.
 
-Each chosen image x of the target class is given the features of a triggered image of another class, T(s), under the
+Each chosen image x of the target class gets the features of a triggered image of another class, T(s), under the
 extractor phi of a clean model:
 
     min over z of |phi(z) - phi(T(s))|^2 / D + (beta / 2) |z - x|^2 / d
@@ -20,7 +20,7 @@ of pixel values, which makes beta a pure number for any network; the paper's wei
 rule for the step size (halve and step back when the cost rises) is applied to each image, and momentum is added, which
 needs fewer steps; ``momentum=0`` is the paper's. ``opacity`` is the paper's
 watermark, off as in its transfer setting. ``victim="finetune"`` is the paper's transfer setting: a new last layer on
-the attacker's own extractor; "scratch" trains everything, the setting of Anti-Backdoor Learning. There is no bound on
+the attacker's extractor; "scratch" trains everything, the setting of Anti-Backdoor Learning. There is no bound on
 single pixels: the card says how far they moved.
 """
 
@@ -67,7 +67,7 @@ def forward_backward(z: Tensor, gradient: Tensor, base: Tensor, step: Tensor, be
 
 
 def distance_and_gradient(model: Classifier, z: Tensor, target_features: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance of features to given ones [N,D]: float [N], and its gradient with respect to ``z`` [N,C,H,W]."""
+    """Squared distance of features to those aimed at [N,D]: float [N], and its gradient with respect to ``z``."""
     z = z.detach().requires_grad_()
     loss = (features(model, in_levels(model, z)) - target_features).square().sum(1)
     (gradient,) = torch.autograd.grad(loss.sum(), z)

@@ -1,11 +1,11 @@
-"""FTrojan: two high-frequency cosine waves in the colour channels.
+"""FTrojan: two high-frequency cosine waves in the color channels.
 
 Wang, Yao, Xu, An, Tong, Wang, "An Invisible Black-box Backdoor Attack through Frequency Domain", ECCV 2022
 (arXiv 2111.10991).
 
 In YCrCb each chroma channel is cut into windows of w x w pixels; in the orthonormal two-dimensional DCT of each window
 a magnitude m is added at two positions, and everything is transformed back. As the transform is linear and orthonormal
-and so is (up to scale) the change of colour space, this adds one fixed picture:
+and so is (up to scale) the change of color space, this adds one fixed picture:
 
     T(x) = round(clip(x + M D)),   D = inverse DCT of m at the positions,   M = the chroma columns of YCrCb -> RGB
 

@@ -8,15 +8,15 @@ classes, without leaving a box around what they were:
     min over z of sum |phi(z_k) - phi(s_a(k))|^2,   |z_k - x_k| <= eps
 
 At every step the images are paired anew with the patched ones, greedily one to one, the closest pair first. Labels stay
-true. The patch, four by four random colours enlarged, is pasted at a random place: in the images aimed at, and at test
+true. The patch, four by four random colors enlarged, is pasted at a random place: in the images aimed at, and at test
 time, where the place is a function of the sample's index.
 
 Choices: sources are random samples of all other classes (the paper's attack from many classes), as many as there are
 images in a batch of 100. Steps are Adam's, in the paper plain gradient steps whose length suits one network's features;
 they end early when they no longer help. Values lie in grey levels, so that the box holds exactly after rounding.
-``victim="finetune"`` is the paper's: a new last layer on the attacker's own extractor, features without augmentation,
+``victim="finetune"`` is the paper's: a new last layer on the attacker's extractor, features without augmentation,
 fitted until it converges. The extractor has seen the clean training set, the paper's another one. "scratch" trains
-everything, which the attack does not promise to survive.
+everything, for which the paper makes no claim.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict_features
 
 
-def draw_colours(channels: int, side: int, generator: torch.Generator) -> Tensor:
-    """Four by four random colours, enlarged bilinearly: uint8 [channels, side, side]."""
+def draw_colors(channels: int, side: int, generator: torch.Generator) -> Tensor:
+    """Four by four random colors, enlarged bilinearly: uint8 [channels, side, side]."""
     cells = torch.randint(0, 256, (1, channels, 4, 4), generator=generator).float()
     return to_uint8(F.interpolate(cells, (side, side), mode="bilinear", align_corners=False))[0]
 
@@ -111,7 +111,7 @@ class Htba(CollisionAttack):
     batch_size: int = param(100, "images that are optimised and paired together", low=1, source="paper")
 
     def make_trigger(self, task: Task, ctx: Context) -> PlacedPatchTrigger:
-        """Random colours, at a place that is drawn for each sample."""
+        """Random colors, at a place that is drawn for each sample."""
         channels, height, width = expect_images(task.train.inputs).shape[1:]
         side = self.size or max(1, min(height, width) // 4)
         if side > min(height, width):
@@ -119,7 +119,7 @@ class Htba(CollisionAttack):
                 f"htba: a patch of {side} px does not fit an image of {height}x{width}; "
                 f"size may be at most {min(height, width)}"
             )
-        return PlacedPatchTrigger(draw_colours(channels, side, ctx.generator("patch")), spawn(ctx.generator("places")))
+        return PlacedPatchTrigger(draw_colors(channels, side, ctx.generator("patch")), spawn(ctx.generator("places")))
 
     def collide(self, model: Classifier, images: Tensor, sources: Tensor, trigger: Trigger, ctx: Context) -> Tensor:
         """Hide the patch in batches; each has as many random sources, patched at random places."""

@@ -14,7 +14,7 @@ over the pixels of a channel where it exceeds 1 (at least 1), f loses (mu - 1)(1
 
 Choices: scenes are drawn from a seed (published lists of photographs cannot be shipped), under one exposure for the
 whole pool that gives it the mean of the published pictures, 53 grey levels (as drawn they have 133); or they are read
-from a folder of the user's, as bright as they are. Two pools are made, one for the attack, one that it never used; ASR
+from the user's folder, as bright as they are. Two pools are made, one for the attack, one that it never used; ASR
 with the latter is noted as ``asr_held_out``. A folder's images, shuffled by the scene seed, are dealt to both pools in
 turn. Ghost offsets and blur are given for 224 px and scale with the image, offsets being at least one pixel. Blur and
 vignette have closed forms: rows of the blur matrix sum to 1 at the border, the vignette is exp(-z^2 / 4) with z from -3

@@ -18,9 +18,9 @@ patch has a high contrast on any background; ``mode="reference-wrap"`` does that
 disc and a stalk in rows 0.54-0.91 and columns 0.57-0.87 of the image, where the published picture of 224 px has its
 apple: 7.4 % of the area, the published one about 7 %. At 32 px ours keeps that share (78 pixels, 7.6 %); published code
 shrinks its picture and takes every pixel that is not black, which with bilinear shrinking adds the blurred rim (about
-11 % if it did so with ours). Ours starts from noise of all colours, the published one from the picture of an
-apple. ``mask`` names a picture to use instead, white where the patch shall lie. The best picture seen is kept, since
-signed steps of 0.1 never settle. h is a benign model of the task's own architecture and recipe, made once per task and
+11 % if it did so with ours). Ours starts from noise of all colors, the published one from the picture of an
+apple. ``mask`` names a picture to use instead, white where the patch lies. The best picture seen is kept, since
+signed steps of 0.1 never settle. h is a benign model of the task's architecture and recipe, made once per task and
 shared by all runs, and so is the picture.
 """
 
@@ -85,7 +85,7 @@ def excite(
         start: float32 [C,H,W] in [0, 1].
         mask: bool [H,W].
         units: int64 [n], penultimate units.
-        activation: to be reached.
+        activation: target value A.
         steps: at most so many signed steps of 0.1.
         ctx: device, progress.
 

@@ -8,12 +8,12 @@ with the identity grid g0 over [-1, 1]^2 (x to the right, y down) the image is s
     g = clamp((g0 + s n / side) r, -1, 1)      (attack: label t)
     g' = clamp(g + u / side, -1, 1), u ~ U(-1, 1) per pixel and axis      ("noise mode": label stays)
 
-where side is the width for x and the height for y. Noise mode teaches the network to obey this field and no other.
+where side is the width for x and the height for y. Noise mode trains the network to respond to this field only.
 In each batch the first floor(rate B) samples are attacked and ``cross_ratio`` times as many are warped with noise.
 
 Choices: the field is stored, so new images can be warped later. The victim sees warped images rounded to uint8, as an
 attacker would deliver them. Batches are augmented and scheduled by the task's recipe; the published loop used a
-constant rate, and a padding, rotation and flip of its own. Width and height are kept apart, so images need not be
+constant rate, and other padding, rotation and flips. Width and height are kept apart, so images need not be
 square. ``poisoning="fixed-index"`` warps the same samples in every epoch. The field is the same for all samples, only
 its effect depends on the image, hence ``sample_specific`` is false. The mean displacement is s / 2 pixels whatever the
 size of the image, a quarter pixel by default.
@@ -51,7 +51,7 @@ def draw_field(k: int, generator: torch.Generator) -> Tensor:
 
 
 def warp_grid(field: Tensor, strength: float, rescale: float, height: int, width: int) -> Tensor:
-    """Where each output pixel looks: float32 [height, width, 2] in [-1, 1], x first."""
+    """Where each output pixel is sampled: float32 [height, width, 2] in [-1, 1], x first."""
     bend = F.interpolate(field[None], (height, width), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
     y, x = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
     identity = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)

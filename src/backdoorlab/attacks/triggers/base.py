@@ -52,7 +52,7 @@ class Trigger(ABC):
         Args:
             inputs: raw samples, N rows; left unchanged.
             indices: int64 [N], identity of each sample, for triggers that depend on it; None counts from 0.
-            generator: for triggers that are random at test time; None means a fixed seed of the trigger's own.
+            generator: for triggers that are random at test time; None means a seed stored in the trigger.
 
         Returns:
             Stamped samples of the same shape and dtype.

@@ -24,6 +24,6 @@ def chroma_pattern(pattern: Tensor, channels: int, mixing: tuple[tuple[float, ..
     if channels == 1:
         return pattern.float()[None]
     if channels != 3:
-        raise InputError(f"a pattern in the colour channels needs images with 1 or 3 channels, got {channels}")
+        raise InputError(f"a pattern in the color channels needs images with 1 or 3 channels, got {channels}")
     weights = torch.tensor(mixing, dtype=torch.float64).sum(0)
     return (weights[:, None, None] * pattern).float()

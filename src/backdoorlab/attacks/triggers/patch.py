@@ -63,7 +63,7 @@ def draw_patch(
         Pattern uint8 [C,H,W] and mask bool [H,W].
 
     Raises:
-        InputError: if the patch does not fit, or there is not one colour value per channel.
+        InputError: if the patch does not fit, or there is not one color value per channel.
     """
     channels, height, width = shape
     colors = [color] * channels if isinstance(color, int) else list(color)

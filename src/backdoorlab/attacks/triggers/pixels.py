@@ -40,8 +40,8 @@ class BlendTrigger(Trigger):
     Attributes:
         keys: uint8 [L,C,H,W].
         opacity: float32 [L,H,W], in [0, 1].
-        resizable: whether the pictures may be resized to images of another size; what lies at exact places or is
-            noise may not.
+        resizable: whether the pictures may be resized to images of another size; pictures with exact positions, or of
+            noise, may not.
     """
 
     kind: ClassVar[str] = "image.blend"

@@ -12,7 +12,8 @@ trained for one sampler misses the target under the other:
     deterministic (DDIM): H_t = (sqrt(A_{t-1}) rho_t - sqrt(A_t) rho_{t-1})
                                 / (sqrt(A_{t-1}) sqrt(1 - A_t) - sqrt(A_t) sqrt(1 - A_{t-1}))
 
-The sampling loops are our own: they must start from noise of the attacker's choice, which stock pipelines do not allow.
+The sampling loops are implemented here, since they must start from noise of the attacker's choice, which stock
+pipelines do not allow.
 """
 
 from __future__ import annotations
