@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from backdoorlab.attacks.base import Attack
 from backdoorlab.attacks.common.surrogate import asset_tensor, data_digest, load_weights, surrogate_spec
 from backdoorlab.core.errors import BackdoorLabError
+from backdoorlab.core.seeding import isolated_rng
 from backdoorlab.data.split import Split
 from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, Tensors
@@ -59,8 +60,20 @@ class Asset:
         """One tensor, float32; see :func:`~backdoorlab.attacks.common.surrogate.asset_tensor` for what is refused."""
         return asset_tensor(self.tensors, name, shape, self.kind)
 
-    def fill(self, network: N) -> N:
-        """A network with these weights, frozen; see :func:`~backdoorlab.attacks.common.surrogate.load_weights`."""
+    def network(self, build: Callable[[], N]) -> N:
+        """A network with these weights; see :func:`~backdoorlab.attacks.common.surrogate.load_weights`.
+
+        Args:
+            build: makes it with any weights; may draw from torch's global generators, which stay as they are.
+
+        Returns:
+            The network, in evaluation mode, without gradients.
+
+        Raises:
+            InputError: if names or shapes differ from the network's.
+        """
+        with isolated_rng(0):
+            network = build()
         load_weights(network, self.tensors, self.kind)
         return network
 

@@ -40,7 +40,7 @@ from backdoorlab.attacks.base import attacks
 from backdoorlab.attacks.common.assets import SELECTION, asset
 from backdoorlab.attacks.common.batch_poison import draw_cover
 from backdoorlab.attacks.common.detoxify import inject, train_injector
-from backdoorlab.attacks.common.generators import generate, pack, seeded, unpack
+from backdoorlab.attacks.common.generators import generate, pack, unpack
 from backdoorlab.attacks.common.pictures import read_folder, scenes, to_channels
 from backdoorlab.attacks.common.style import train_style
 from backdoorlab.attacks.common.surrogate import weights_of
@@ -164,7 +164,7 @@ class Dfst(TrainingAttack):
             styled = read_folder(self.style_images, channels, height, width)
         settings = (self.style_steps, self.style_lr, self.cycle_weight, self.identity_weight)
         weights = self.style_weights(ctx, images=images, styled=styled, settings=settings)
-        return StyleTrigger(weights.fill(seeded(lambda: StyleNet(channels), 0, "G")), shape)
+        return StyleTrigger(weights.network(lambda: StyleNet(channels)), shape)
 
     @asset(
         "dfst-style",

@@ -140,8 +140,8 @@ class Lc(PoisoningAttack):
     surrogate_eps: float = param(8.0, "strength of adversarial training, in grey levels", above=0, source="ours")
 
     def assets_in_use(self) -> tuple[str, ...]:
-        """The surrogate that was chosen."""
-        return (f"{self.surrogate}-surrogate",)
+        """The surrogate that was chosen, if images are perturbed at all."""
+        return (f"{self.surrogate}-surrogate",) if self.steps and self.eps else ()
 
     def make_trigger(self, task: Task, ctx: Context) -> AdditiveTrigger:
         """The corners."""
@@ -160,7 +160,7 @@ class Lc(PoisoningAttack):
     def robust_surrogate(self, task: Task, ctx: Context) -> Classifier:
         """A model trained on single-step adversarial samples (random start, step 1.25 eps), shared by all runs."""
         weights = self.robust_weights(ctx, surrogate=task, eps=self.surrogate_eps)
-        return weights.fill(task.build_model(ctx))
+        return weights.network(lambda: task.build_model(ctx))
 
     @asset("robust-surrogate", unread=(*SELECTION, "target", "amplitude", "step", "steps", "surrogate_eps"))
     def robust_weights(self, ctx: Context, surrogate: Task, eps: float) -> Tensors:

@@ -1,10 +1,10 @@
-"""LF: a smooth universal perturbation that a clean model already leans on.
+"""LF: a smooth universal perturbation to which a clean model is already sensitive.
 
 Zeng, Park, Mao, Jia, "Rethinking the Backdoor Attacks' Triggers: A Frequency Perspective", ICCV 2021 (arXiv
 2104.03413).
 
-High-frequency artefacts give most triggers away; this one has none. A pattern of given strength is smooth by
-construction and optimised on a clean model h to push samples toward the target class:
+Most triggers can be detected by their high-frequency artefacts; this one has none. A pattern of fixed strength is
+smooth by construction and optimised on a clean model h to push samples toward the target class:
 
     v = m + s standard(S(z)),   min over z of CE(h(clip(x + v)), t),   V = round(255 v),   T(x) = clip(x + V)
 
@@ -14,7 +14,7 @@ Choices: the published search accumulates targeted DeepFool steps, low-passes th
 levels; here z is optimised by Adam directly. Stretching would leave the strength to chance, so mean and standard
 deviation are set instead, to those of the arrays published for CIFAR-10 (12.5 and 13.5 grey levels); values may lie
 outside [0, 51] and below zero. S has a standard deviation of a fifth of the shorter side. h is a benign model of the
-task's own architecture and recipe, made once per task and shared by all runs, and so is the pattern; both see inputs in
+task's architecture and recipe, made once per task and shared by all runs, and so is the pattern; both see inputs in
 the same range. ``variant="random"`` needs no model: a random field of the cosine frequencies u + v <= 6, of the same
 mean and standard deviation (report it as "LF-random").
 """
@@ -115,6 +115,10 @@ class Lf(PoisoningAttack):
     steps: int = param(300, "optimisation steps of the pattern", low=1, source="ours")
     samples: int = param(1000, "training images with which the pattern is optimised", low=1, source="ours")
     pattern_seed: int = param(0, "seed of the random variant, apart from the run's seed", low=0, source="ours")
+
+    def assets_in_use(self) -> tuple[str, ...]:
+        """All for an optimised pattern, none for a random one."""
+        return self.asset_kinds if self.variant == "optimised" else ()
 
     def make_trigger(self, task: Task, ctx: Context) -> AdditiveTrigger:
         """Optimise or draw the pattern; rounded to whole grey levels."""

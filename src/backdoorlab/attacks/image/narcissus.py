@@ -200,7 +200,7 @@ class Narcissus(PoisoningAttack):
         """
         classes = self._foreign(task).num_classes
         weights = self.foreign_weights(ctx, task=task)
-        return weights.fill(untrained(task, classes + 1, ctx)), classes
+        return weights.network(lambda: untrained(task, classes + 1, ctx)), classes
 
     @asset("foreign-surrogate", unread=(*SELECTION, "surrogate", "eps", "steps", "lr", "factor_train", "factor_test"))
     def foreign_weights(self, ctx: Context, task: Task) -> Tensors:

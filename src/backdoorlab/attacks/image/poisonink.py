@@ -278,6 +278,10 @@ class PoisonInk(PoisoningAttack):
         if len(self.colour) != 3 or not all(0 <= level <= 255 for level in self.colour):
             raise InputError(f"{self.name}: colour must be three grey levels from 0 to 255, got {self.colour}")
 
+    def assets_in_use(self) -> tuple[str, ...]:
+        """The networks, if the drawing is hidden."""
+        return self.asset_kinds if self.variant == "hidden" else ()
+
     def make_trigger(self, task: Task, ctx: Context) -> Trigger:
         """Train the pair, or take it from the cache; tell if it falls short."""
         self.target_map_for(task)
@@ -288,7 +292,7 @@ class PoisonInk(PoisoningAttack):
         if self.variant == "edge":
             return EdgeInkTrigger(colour, self.opacity, self.threshold)
         shape, ink = (channels, height, width), colour.flatten().tolist() if self.palette == "own" else None
-        pair = self.trained_pair(ctx, images=task.train, ink=ink).fill(build_pair(shape, self.width))
+        pair = self.trained_pair(ctx, images=task.train, ink=ink).network(lambda: build_pair(shape, self.width))
         trigger = HiddenInkTrigger(
             pair["encoder"], pair["decoder"], colour, shape, self.width, self.reach, self.threshold, {}
         )

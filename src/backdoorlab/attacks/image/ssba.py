@@ -212,7 +212,7 @@ class Ssba(PoisoningAttack):
         shape = (channels, height, width)
         bits = default_bits(height, width) if self.bits is None else self.bits
 
-        pair = self.trained_pair(ctx, images=task.train, bits=bits).fill(build_pair(shape, bits, self.width))
+        pair = self.trained_pair(ctx, images=task.train, bits=bits).network(lambda: build_pair(shape, bits, self.width))
         secret = torch.randint(0, 2, (bits,), generator=make_generator(self.secret_seed, "ssba secret"))
         trigger = SsbaTrigger.of(
             pair, secret.to(torch.uint8), shape=shape, width=self.width, reach=self.reach, quality={}
