@@ -221,7 +221,7 @@ class Combat(PoisoningAttack):
             raise InputError(f"combat: the training set has no samples of class {self.target}")
         share = min(1.0, round(self.rate_on(task) * len(task.train)) / len(pool))
         weights = self.generator_weights(ctx, surrogate=task, share=share)
-        network = weights.fill(seeded(lambda: NoiseNet(channels, height, width, self.keep), 0, "generator"))
+        network = weights.network(lambda: NoiseNet(channels, height, width, self.keep))
         return CombatTrigger(network, self.eps, self.keep, (channels, height, width))
 
     @asset("combat-generator", unread=SELECTION)
