@@ -120,11 +120,15 @@ class ImageModality(Modality):
     def prepare(self, inputs: Inputs, *, train: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """Augment (crop, flip) in uint8, then scale to float32 [0, 1] in channels-last order."""
         images = self.encode(inputs)
-        if train and self.crop:
-            images = random_crop(images, self.crop, generator)
-        if train and self.flip:
-            images = random_flip(images, generator)
+        if train:
+            images = self.augment(images, generator)
         return images.to(torch.float32, memory_format=torch.channels_last).mul_(1 / 255)
+
+    def augment(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Random crops and flips of images [B,C,H,W] of any dtype; gradients flow through them."""
+        if self.crop:
+            images = random_crop(images, self.crop, generator)
+        return random_flip(images, generator) if self.flip else images
 
     def blend(self, a: Inputs, b: Inputs, ratio: float, generator: torch.Generator | None = None) -> Inputs:
         """(1 - ratio) a + ratio b, pixel by pixel, in uint8."""

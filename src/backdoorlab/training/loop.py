@@ -53,21 +53,24 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
 
 
-class Descent:
+class Descent(Generic[M]):
     """The ordinary step: one gradient step down an objective. Steps that do more derive from it.
 
     Attributes:
         model: in training mode.
         recipe: optimiser, precision, clipping.
         objective: the loss of a batch.
+        compute: the objective, compiled if the recipe says so.
         optimizer: of the model.
         modules: see :class:`~backdoorlab.training.steps.Step`; a step that trains more appends to it.
         optimizers: likewise.
     """
 
     def __init__(self, model: M, recipe: Recipe, objective: Objective[M]) -> None:
-        self.model, self.recipe = model.train(), recipe
-        self.objective = torch.compile(objective, dynamic=False) if recipe.compile else objective
+        self.model: M = model.train()
+        self.recipe = recipe
+        self.objective = objective
+        self.compute = torch.compile(objective, dynamic=False) if recipe.compile else objective
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, recipe)
         self.modules: list[nn.Module] = [model]
@@ -82,7 +85,7 @@ class Descent:
     def loss(self, batch: Batch) -> Tensor:
         """The objective's value, in the recipe's precision."""
         with autocast(batch.labels.device, self.recipe.precision):
-            return self.objective(self.model, batch.inputs, batch.labels, batch.indices)
+            return self.compute(self.model, batch.inputs, batch.labels, batch.indices)
 
     def descend(self, loss: Tensor) -> None:
         """One step of the model's optimiser."""
@@ -100,7 +103,7 @@ class Descent:
 class MakeStep(Protocol[M]):
     """Makes the step of a training: :class:`Descent`, or a class derived from it."""
 
-    def __call__(self, model: M, recipe: Recipe, objective: Objective[M]) -> Descent:
+    def __call__(self, model: M, recipe: Recipe, objective: Objective[M]) -> Descent[M]:
         """For a model on its device and a recipe resolved for the data."""
         ...
 

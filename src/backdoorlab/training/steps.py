@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,24 @@ class Step(Protocol[B_contra]):
     def __call__(self, batch: B_contra) -> Tensor:
         """Take the step; returns the loss, a detached scalar on the device."""
         ...
+
+
+class LossStep(Generic[B]):
+    """One step of one optimiser down a loss of the batch."""
+
+    def __init__(
+        self, loss: Callable[[B], Tensor], optimizer: torch.optim.Optimizer, modules: Sequence[nn.Module] = ()
+    ) -> None:
+        """``loss`` makes a differentiable scalar; ``modules`` are those whose parameters the optimiser has."""
+        self.loss, self.optimizers, self.modules = loss, [optimizer], list(modules)
+
+    def __call__(self, batch: B) -> Tensor:
+        """See :class:`Step`."""
+        loss, (optimizer,) = self.loss(batch), self.optimizers
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
 
 
 def constant(step: int) -> float:

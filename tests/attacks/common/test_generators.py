@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attack_tools import pictures
-from backdoorlab.attacks.common.generators import CHUNK, Companion, generate, pack, seeded, straight_through, unpack
+from backdoorlab.attacks.common.generators import (
+    CHUNK,
+    AlternatingStep,
+    JointStep,
+    generate,
+    pack,
+    seeded,
+    straight_through,
+    unpack,
+)
 from backdoorlab.modalities.image import random_crop
+from backdoorlab.models import Classifier
 from backdoorlab.models.networks.generators import DetailNet, StrideNet
-from backdoorlab.training import Recipe, context
+from backdoorlab.tasks import Task
+from backdoorlab.training import Batch, Context, Recipe, context, cross_entropy
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 29, 31), (3, 33, 64)])
@@ -41,22 +55,55 @@ def test_rounding_passes_the_gradient() -> None:
     assert torch.equal(images.grad, torch.ones(4, 5))
 
 
-def test_companion_is_adam_with_the_recipes_schedule() -> None:
-    """Against Adam with the rate set by hand; without gradients it does nothing, and gradients never pile up."""
-    recipe = Recipe(epochs=2, batch_size=10, schedule="onecycle")
-    ours, theirs = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    companion = Companion([ours], 0.1, (0.5, 0.9), recipe, 35)
-    adam = torch.optim.Adam([theirs], 0.1, (0.5, 0.9))
-    companion.step()
-    assert companion.taken == 0
-    for step in range(6):
-        for p in (ours, theirs):
-            p.grad = torch.tensor([1.0, -2.0, float(step)])
-        adam.param_groups[0]["lr"] = 0.1 * recipe.factor(step, 3)
+class Shift(nn.Module):
+    """A generator that adds a number to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_generators_are_trained_by_adam_with_the_recipes_schedule(joint: bool, digits_task: Task) -> None:
+    """Against Adam with the rate set by hand, over three epochs; neither network's gradients reach the other one."""
+    split = digits_task.train[torch.arange(32)]
+    recipe = Recipe(epochs=3, batch_size=16, lr=0.05, schedule="onecycle", augment=False, precision="fp32", clip=0.5)
+    generator, plain = Shift(), Shift()
+
+    def pull(network: Shift) -> Tensor:
+        return (network.by - 3).square() * 0.01
+
+    def objective(model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        loss = F.cross_entropy(model(inputs), labels)
+        return loss + pull(generator) if joint else loss
+
+    def beside(model: Classifier, batch: Batch) -> Tensor:
+        assert not model.training
+        assert not any(p.requires_grad for p in model.parameters())
+        return pull(generator) + 0 * model(batch.inputs).sum()
+
+    settings = {"network": generator, "lr": 0.1, "betas": (0.5, 0.9)}
+    step = partial(JointStep, **settings) if joint else partial(AlternatingStep, loss=beside, **settings)
+    alone, _ = digits_task.fit(split, Context(), recipe=recipe)
+    model, log = digits_task.fit(split, Context(), recipe=recipe, objective=objective, step=step)
+    adam = torch.optim.Adam(plain.parameters(), 0.1, (0.5, 0.9))
+    for number in range(6):
+        adam.param_groups[0]["lr"] = 0.1 * recipe.factor(number, 2)
+        adam.zero_grad()
+        pull(plain).backward()
         adam.step()
-        companion.step()
-        assert ours.grad is None
-        assert torch.equal(ours, theirs), step
+    assert log.steps == 6
+    assert float(generator.by) == pytest.approx(float(plain.by), rel=1e-5)
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_generator_that_had_no_part_in_the_loss_stays(digits_task: Task) -> None:
+    model, generator = digits_task.build_model(Context()), Shift()
+    step = JointStep(model, Recipe(precision="fp32"), cross_entropy, network=generator, lr=0.1)
+    images = digits_task.train.inputs[:4].float() / 255
+    step(Batch((images,), digits_task.train.labels[:4], torch.arange(4)))
+    assert float(generator.by) == 0.5
 
 
 class Spy(nn.Module):

@@ -9,14 +9,14 @@ from scipy.fft import dctn, idctn
 from torch.nn import functional as F
 
 from attack_tools import noise_task, pictures
-from backdoorlab.attacks.common.generators import Companion, seeded
+from backdoorlab.attacks.common.generators import seeded
 from backdoorlab.attacks.common.surrogate import clean_surrogate
 from backdoorlab.attacks.image.combat import Combat, CombatObjective, CombatTrigger, NoiseNet, low_pass_matrix
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.split import Dataset, Split
 from backdoorlab.models import build_model
 from backdoorlab.tasks import Task
-from backdoorlab.training import Context
+from backdoorlab.training import Batch, Context
 from effect_tools import LOST, Numbers, case, effects, least, most, planted
 
 
@@ -67,7 +67,6 @@ def test_combat_refuses_noise_below_one_grey_level() -> None:
 
 
 def combat_objective(task: Task, share: float, network: torch.nn.Module, **changes: float) -> CombatObjective:
-    recipe = task.recipe.resolve(len(task.train))
     weights = {"l2_weight": 0.02, "clean_weight": 0.8} | changes
     return CombatObjective(
         network,
@@ -77,7 +76,6 @@ def combat_objective(task: Task, share: float, network: torch.nn.Module, **chang
         0.2,
         weights["l2_weight"],
         weights["clean_weight"],
-        Companion(network.parameters(), 1e-3, (0.9, 0.999), recipe, len(task.train)),
         torch.Generator().manual_seed(0),
         None,
     )
@@ -95,14 +93,12 @@ def test_combat_losses_are_the_stated_sums() -> None:
         + 0.02 * ((2 * stamped - 1) - (2 * x - 1)).square().mean()
         + 0.8 * F.cross_entropy(objective.clean(stamped), y)
     )
-    assert objective.generator_loss(model, x, y).item() == pytest.approx(expected.item(), rel=1e-5)
-    before = [p.clone() for p in network.parameters()]
+    batch = Batch((x,), y, torch.arange(12))
+    assert objective.generator_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
     surrogate = objective(model, x, y, torch.arange(12)).item()
-    assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True)), "g took no step"
     mixed = x.clone()
     mixed[y == 1] = ((x[y == 1] + 0.2 * network(x[y == 1])).clamp(0, 1) * 255).round() / 255
     assert surrogate == pytest.approx(F.cross_entropy(model(mixed), y).item(), rel=1e-4)
-    assert all(p.grad is None for p in model.parameters()), "g's step must leave the surrogate alone"
 
 
 def test_combat_poisons_only_the_share_it_will_poison() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attack_tools import GREY, make, pictures, quick_backdoor, tiny_task
 from backdoorlab.attacks import attacks
-from backdoorlab.attacks.common.generators import Companion, seeded
+from backdoorlab.attacks.common.generators import seeded
 from backdoorlab.attacks.image.input_aware import (
     ForeignTrigger,
     InputAware,
@@ -74,13 +74,11 @@ class Recorder(torch.nn.Module):
 def test_input_aware_batches(rate: float, attacked: int, crossed: int) -> None:
     shape = (1, 16, 16)
     pattern, mask = (seeded(lambda: TwiceBoundedNet(1, 1, 16, 16), 0, name).eval() for name in ("pattern", "mask"))
-    companion = Companion(pattern.parameters(), 0.01, (0.5, 0.9), Recipe(epochs=1, batch_size=12), 12)
     objective = InputAwareObjective(
         pattern,
         mask,
         TargetMap("all-to-one", 3, 4),
         rate,
-        companion,
         torch.full((1, 1, 1), 0.25),
         torch.Generator().manual_seed(0),
     )
@@ -98,10 +96,8 @@ def test_input_aware_batches(rate: float, attacked: int, crossed: int) -> None:
         assert torch.allclose(seen[n], foreign, **near), n
     assert torch.equal(seen[attacked + crossed :], raw[attacked + crossed :].float())
     loss.backward()
-    before = [p.detach().clone() for p in pattern.parameters()]
     assert all(p.grad is None for p in mask.parameters())
-    companion.step()
-    assert any(not torch.equal(a, b) for a, b in zip(before, pattern.parameters(), strict=True))
+    assert all(p.grad is not None for p in pattern.parameters())
 
 
 def test_foreign_triggers_come_from_other_images() -> None:
@@ -152,9 +148,8 @@ def test_input_aware_trains_both_networks_on_normalised_distances(
     pattern, mask = (seeded(lambda: TwiceBoundedNet(1, 1, 16, 16), 0, name).eval() for name in ("pattern", "mask"))
     train_mask(mask, levels, 0.1, scale, recipe, 0.01, Context())
     assert torch.cat(seen[0]).unique().tolist() == [0, 4]
-    companion = Companion(pattern.parameters(), 0.01, (0.5, 0.9), recipe, 12)
     objective = InputAwareObjective(
-        pattern, mask, TargetMap("all-to-one", 3, 4), 0.5, companion, scale, torch.Generator().manual_seed(0)
+        pattern, mask, TargetMap("all-to-one", 3, 4), 0.5, scale, torch.Generator().manual_seed(0)
     )
     labels = torch.zeros(12, dtype=torch.int64)
     objective(Recorder(), levels.float() / 255, labels, labels)  # type: ignore[arg-type]

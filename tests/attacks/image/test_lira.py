@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from attack_tools import pictures
 from backdoorlab.attacks import attacks
-from backdoorlab.attacks.common.generators import Companion, seeded
+from backdoorlab.attacks.common.generators import AlternatingStep, seeded
 from backdoorlab.attacks.image.lira import LiraObjective, LiraTrigger
 from backdoorlab.attacks.targets import TargetMap
 from backdoorlab.core.errors import InputError
@@ -18,36 +20,40 @@ from backdoorlab.modalities.base import modality_of
 from backdoorlab.models import Classifier
 from backdoorlab.models.networks.generators import StrideNet
 from backdoorlab.tasks import Task
-from backdoorlab.training import Context, Recipe
+from backdoorlab.training import Batch, Context, Descent, Recipe
 from effect_tools import LOST, OBEYS, Numbers, case, effects, least, planted
 
+STILL = Recipe(epochs=1, batch_size=8, lr=0.0, momentum=0.0, weight_decay=0.0, precision="fp32")
+"""Leaves the victim's weights as they are, and its gradients to be looked at."""
 
-def lira_objective(stage: int) -> tuple[LiraObjective, torch.nn.Module, Tensor]:
+
+def lira_step(stage: int, model: Classifier) -> tuple[Descent[Classifier], LiraObjective, torch.nn.Module]:
     live = seeded(lambda: StrideNet(1), 0, "live").train()
     still = seeded(lambda: StrideNet(1), 0, "still").eval().requires_grad_(False)
-    companion = Companion(live.parameters(), 1e-3, (0.9, 0.999), Recipe(epochs=1, batch_size=8, schedule="constant"), 8)
     scale, target_map = torch.tensor([0.2]).reshape(1, 1, 1), TargetMap("all-to-one", 3, 10)
-    first = LiraObjective(still, scale, target_map, 0.3, live, companion)
-    return (first if stage == 1 else LiraObjective(still, scale, target_map, 0.3)), live, scale
+    objective = LiraObjective(still, scale, target_map, 0.3, rounded=stage == 2)
+    if stage == 2:
+        return Descent(model, STILL, objective), objective, live
+    loss = partial(objective.generator_loss, live)
+    return AlternatingStep(model, STILL, objective, network=live, loss=loss, lr=1e-3), objective, live
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_lira_loss_of_the_victim(stage: int, digits_task: Task) -> None:
     """The victim's loss, gradient and batch statistics are those of its own loss alone, in either stage."""
     inputs, labels = digits_task.train.inputs[:8].float() / 255, digits_task.train.labels[:8]
-    objective, live, scale = lira_objective(stage)
-    before = [p.detach().clone() for p in live.parameters()]
     model, twin = (digits_task.build_model(Context()).train() for _ in range(2))
-    loss = objective(model, inputs, labels, labels)
-    loss.backward()
+    step, objective, live = lira_step(stage, model)
+    before = [p.detach().clone() for p in live.parameters()]
+    loss = step(Batch((inputs,), labels, labels))
     with torch.no_grad():
-        stamped = (inputs + scale * objective.frozen_copy(inputs)).clamp(0, 1)
+        stamped = (inputs + objective.scale * objective.noise(inputs)).clamp(0, 1)
         if stage == 2:
             stamped = (stamped * 255).round() / 255
     logits = twin(torch.cat([inputs, stamped]))
     slow = 0.3 * F.cross_entropy(logits[:8], labels) + 0.7 * F.cross_entropy(logits[8:], torch.full((8,), 3))
     slow.backward()
-    assert float(loss.detach()) == pytest.approx(float(slow.detach()), rel=1e-5)
+    assert float(loss) == pytest.approx(float(slow.detach()), rel=1e-5)
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert a.requires_grad, name
         assert a.grad is not None, name
@@ -59,23 +65,21 @@ def test_lira_loss_of_the_victim(stage: int, digits_task: Task) -> None:
 
 
 def test_lira_generator_learns_to_fool_a_fixed_model(digits_task: Task, benign_digits: Classifier) -> None:
-    objective, live, scale = lira_objective(1)
+    step, objective, live = lira_step(1, copy.deepcopy(benign_digits))
     inputs, labels = digits_task.train.inputs[:64].float() / 255, digits_task.train.labels[:64]
     wanted = torch.full((64,), 3)
 
     def cost() -> float:
         with torch.no_grad():
             noise = live(inputs)
-            return float(F.cross_entropy(benign_digits((inputs + scale * noise).clamp(0, 1)), wanted))
+            return float(F.cross_entropy(benign_digits((inputs + objective.scale * noise).clamp(0, 1)), wanted))
 
     start = cost()
     for _ in range(30):
-        objective(benign_digits, inputs, labels, labels)
+        step(Batch((inputs,), labels, labels))
     assert cost() < start - 1
-    assert not torch.equal(objective.frozen_copy(inputs), live.eval()(inputs))
-    objective.renew(1, benign_digits)
-    assert torch.equal(objective.frozen_copy(inputs), live(inputs))
-    assert not objective.frozen_copy.training
+    assert not torch.equal(objective.noise(inputs), live.eval()(inputs)), "the victim sees the copy of the last epoch"
+    assert not objective.noise.training
 
 
 def test_lira_trigger_stays_within_its_range() -> None:

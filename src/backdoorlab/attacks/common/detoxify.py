@@ -20,7 +20,9 @@ from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.anatomy import Channels, channels, frozen
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.models.networks.generators import DetailNet
+from backdoorlab.training.batches import Repeat
 from backdoorlab.training.context import Context
+from backdoorlab.training.steps import LossStep, run_steps
 
 BATCH = 32
 
@@ -136,19 +138,19 @@ def train_injector(
         return None, 0
     network = seeded(lambda: DetailNet(channels, channels, height, width), ctx.seed, "injector")
     network.to(benign.device).train()
-    adam = torch.optim.Adam(network.parameters(), 1e-3)
+
+    def draw() -> Tensor:
+        return torch.randint(0, len(benign), (min(BATCH, len(benign)),), generator=draws).to(benign.device)
+
+    def loss(rows: Tensor) -> Tensor:
+        x = benign[rows].float() / 255
+        changed = straight_through((x + strength * (2 * network(x) - 1)).clamp(0, 1))
+        logits, excited = activations(model, layers, changed)
+        return injector_loss(logits, excited, [u[rows] for u in usual], [r[rows] for r in risen], units, target, others)
+
+    step = LossStep(loss, torch.optim.Adam(network.parameters(), 1e-3), [network])
     with frozen(model):
-        for _ in ctx.track(range(steps), "training an injector", steps):
-            rows = torch.randint(0, len(benign), (min(BATCH, len(benign)),), generator=draws).to(benign.device)
-            x = benign[rows].float() / 255
-            changed = straight_through((x + strength * (2 * network(x) - 1)).clamp(0, 1))
-            logits, found = activations(model, layers, changed)
-            loss = injector_loss(
-                logits, found, [u[rows] for u in usual], [r[rows] for r in risen], units, target, others
-            )
-            adam.zero_grad(set_to_none=True)
-            loss.backward()
-            adam.step()
+        run_steps(step, Repeat(steps, draw), 1, context=ctx, label="training an injector")
     return network.eval().requires_grad_(False), count
 
 

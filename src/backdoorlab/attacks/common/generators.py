@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorlab.core.seeding import derive_seed, isolated_rng
-from backdoorlab.models.anatomy import evaluating
+from backdoorlab.models.anatomy import evaluating, frozen
+from backdoorlab.models.classifier import Classifier
+from backdoorlab.training.batches import Batch
 from backdoorlab.training.context import autocast
+from backdoorlab.training.loop import Descent, Objective
 from backdoorlab.training.recipes import Recipe
 
 CHUNK = 64
@@ -72,29 +75,69 @@ def unpack(build: Callable[[], nn.Module], prefix: str, tensors: dict[str, Tenso
     return network.eval().requires_grad_(False)
 
 
-class Companion:
-    """Adam for a network that is trained beside the victim, its rate following the recipe's schedule.
+GeneratorLoss = Callable[[Classifier, Batch], Tensor]
+"""(victim, frozen and in evaluation mode; batch) -> what a generator goes down."""
+
+
+class JointStep(Descent[Classifier]):
+    """Victim and generator go down one loss; the generator has an Adam of its own.
 
     Attributes:
-        optimizer: Adam.
-        lr: peak rate.
-        taken: steps so far.
+        network: the generator, in training mode.
+        adam: its optimiser; its rate follows the recipe's schedule like the victim's.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], recipe: Recipe, samples: int
+        self,
+        model: Classifier,
+        recipe: Recipe,
+        objective: Objective[Classifier],
+        *,
+        network: nn.Module,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
-        """For a training of ``recipe`` (resolved) on ``samples`` samples."""
-        self.optimizer, self.lr, self.recipe = torch.optim.Adam(params, lr, betas), lr, recipe
-        self.steps_per_epoch, self.taken = samples // recipe.batch_size, 0
+        """``lr`` is Adam's peak rate."""
+        super().__init__(model, recipe, objective)
+        self.network = network.train()
+        self.adam = torch.optim.Adam(network.parameters(), lr, betas)
+        self.modules.append(network)
+        self.optimizers.append(self.adam)
 
-    def step(self) -> None:
-        """Apply the gradients that there are, then forget them; nothing happens if there are none."""
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if all(p.grad is None for p in params):
-            return
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * self.recipe.factor(self.taken, self.steps_per_epoch)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.taken += 1
+    def descend(self, loss: Tensor) -> None:
+        """One step of both optimisers; Adam passes over a generator that had no part in the loss."""
+        self.adam.zero_grad(set_to_none=True)
+        super().descend(loss)
+        self.adam.step()
+
+
+class AlternatingStep(JointStep):
+    """A step of the generator against the victim as it is, then one of the victim."""
+
+    def __init__(
+        self,
+        model: Classifier,
+        recipe: Recipe,
+        objective: Objective[Classifier],
+        *,
+        network: nn.Module,
+        loss: GeneratorLoss,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        """``loss`` is the generator's."""
+        super().__init__(model, recipe, objective, network=network, lr=lr, betas=betas)
+        self.generator_loss = loss
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """See :class:`~backdoorlab.training.steps.Step`."""
+        with frozen(self.model), autocast(batch.labels.device, self.recipe.precision):
+            loss = self.generator_loss(self.model, batch)
+            self.adam.zero_grad(set_to_none=True)
+            loss.backward()
+            self.adam.step()
+        return super().__call__(batch)
+
+    def descend(self, loss: Tensor) -> None:
+        """The victim's step alone."""
+        Descent.descend(self, loss)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 
 from backdoorlab.attacks.common.generators import CHUNK, generate, pack, seeded
 from backdoorlab.attacks.common.surrogate import load_weights
-from backdoorlab.core.errors import BackdoorLabError
 from backdoorlab.modalities.image import to_uint8
 from backdoorlab.models.networks.stego import keep_scale
+from backdoorlab.training.batches import Repeat
 from backdoorlab.training.context import Context, Tensors
+from backdoorlab.training.steps import LossStep, run_steps
 
 SETTLE = 0.4
 """Share of all steps over which the learning rate falls to 0."""
@@ -142,20 +144,24 @@ def train_pair(
         BackdoorLabError: if the loss becomes infinite or NaN.
     """
     networks = cast(nn.ModuleDict, seeded(lambda: keep_scale(build()), ctx.seed, "pair")).to(ctx.device).train()
-    adam = torch.optim.Adam(networks.parameters(), lr, betas)
-    generator, worst = ctx.generator("batches"), torch.zeros((), device=ctx.device)
-    for step in ctx.track(range(steps), label, steps):
+    generator, numbers = ctx.generator("batches"), count()
+
+    def draw() -> Tensor:
         chosen = torch.randint(0, len(images), (batch_size,), generator=generator)
-        batch = images[chosen].to(ctx.device, torch.float32) / 255
-        value = loss(networks, batch, step)
-        for group in adam.param_groups:
-            group["lr"] = lr * min(1.0, (1 - step / steps) / SETTLE)
-        adam.zero_grad(set_to_none=True)
-        value.backward()
-        adam.step()
-        worst = worst + value.detach()
-    if not math.isfinite(float(worst)):
-        raise BackdoorLabError(f"{label} diverged; a smaller learning rate than {lr:g} may help")
+        return images[chosen].to(ctx.device, torch.float32) / 255
+
+    run_steps(
+        LossStep(
+            lambda batch: loss(networks, batch, next(numbers)),
+            torch.optim.Adam(networks.parameters(), lr, betas),
+            [networks],
+        ),
+        Repeat(steps, draw),
+        1,
+        schedule=lambda step: min(1.0, (1 - step / steps) / SETTLE),
+        context=ctx,
+        label=label,
+    )
     return pack(**dict(networks.items()))
 
 

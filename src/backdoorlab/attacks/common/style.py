@@ -19,11 +19,13 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from backdoorlab.attacks.common.generators import seeded
 from backdoorlab.models.networks.style import PatchNet, StyleNet
+from backdoorlab.training.batches import Repeat
 from backdoorlab.training.context import Context
+from backdoorlab.training.steps import run_steps
 
 BATCH = 8
 
@@ -45,26 +47,65 @@ def train_style(
     channels, device, draws = images.shape[1], ctx.device, ctx.generator("style batches")
     to_b, to_a = (seeded(lambda: StyleNet(channels), ctx.seed, name).to(device).train() for name in ("G", "F"))
     of_a, of_b = (seeded(lambda: PatchNet(channels), ctx.seed, name).to(device).train() for name in ("D_A", "D_B"))
-    makers = torch.optim.Adam(chain(to_a.parameters(), to_b.parameters()), lr, (0.5, 0.999))
-    judges = torch.optim.Adam(chain(of_a.parameters(), of_b.parameters()), lr, (0.5, 0.999))
-    for step in ctx.track(range(steps), "training a style", steps):
-        for group in (*makers.param_groups, *judges.param_groups):
-            group["lr"] = lr * min(1.0, 2 * (steps - step) / steps)
+    step = StyleStep(to_b, to_a, of_a, of_b, lr=lr, cycle=cycle, identity=identity)
+
+    def draw() -> tuple[Tensor, Tensor]:
         a, b = (
             side[torch.randint(0, len(side), (BATCH,), generator=draws)].to(device).float() / 255
             for side in (images, styled)
         )
+        return a, b
+
+    run_steps(
+        step,
+        Repeat(steps, draw),
+        1,
+        schedule=lambda number: min(1.0, 2 * (steps - number) / steps),
+        context=ctx,
+        label="training a style",
+    )
+    return cast(StyleNet, to_b.eval().requires_grad_(False))
+
+
+class StyleStep:
+    """One step of both generators, then one of both discriminators.
+
+    Attributes:
+        modules: G: A -> B, F: B -> A, the discriminators of A and of B.
+        optimizers: of generators and of discriminators.
+    """
+
+    def __init__(
+        self,
+        to_b: nn.Module,
+        to_a: nn.Module,
+        of_a: nn.Module,
+        of_b: nn.Module,
+        *,
+        lr: float,
+        cycle: float,
+        identity: float,
+    ) -> None:
+        """``cycle`` is l, ``identity`` is i, ``lr`` Adam's rate."""
+        self.modules, self.cycle, self.identity = (to_b, to_a, of_a, of_b), cycle, identity
+        pairs = (chain(to_a.parameters(), to_b.parameters()), chain(of_a.parameters(), of_b.parameters()))
+        self.optimizers = [torch.optim.Adam(pair, lr, (0.5, 0.999)) for pair in pairs]
+
+    def __call__(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Take both steps on pictures of both sides, float [B,C,H,W] in [0, 1]; returns the generators' loss."""
+        (a, b), (to_b, to_a, of_a, of_b), (makers, critics) = batch, self.modules, self.optimizers
         fake_b, same_b = to_b(torch.cat([a, b])).chunk(2)
         fake_a, same_a = to_a(torch.cat([b, a])).chunk(2)
         back = F.l1_loss(to_a(fake_b), a) + F.l1_loss(to_b(fake_a), b)
         same = F.l1_loss(same_b, b) + F.l1_loss(same_a, a)
-        loss = (of_b(fake_b) - 1).square().mean() + (of_a(fake_a) - 1).square().mean() + cycle * back + identity * same
+        fooled = (of_b(fake_b) - 1).square().mean() + (of_a(fake_a) - 1).square().mean()
+        loss = fooled + self.cycle * back + self.identity * same
         makers.zero_grad(set_to_none=True)
         loss.backward()
         makers.step()
-        judges.zero_grad(set_to_none=True)
-        for judge, real, fake in ((of_a, a, fake_a), (of_b, b, fake_b)):
-            truth, lie = judge(torch.cat([real, fake.detach()])).chunk(2)
-            ((truth - 1).square().mean() + lie.square().mean()).backward()
-        judges.step()
-    return cast(StyleNet, to_b.eval().requires_grad_(False))
+        critics.zero_grad(set_to_none=True)
+        for critic, real, fake in ((of_a, a, fake_a), (of_b, b, fake_b)):
+            on_real, on_fake = critic(torch.cat([real, fake.detach()])).chunk(2)
+            ((on_real - 1).square().mean() + on_fake.square().mean()).backward()
+        critics.step()
+        return loss.detach()

@@ -30,8 +30,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +41,7 @@ from torch import Tensor, nn
 
 from backdoorlab.attacks.base import attacks
 from backdoorlab.attacks.common.assets import SELECTION, asset
-from backdoorlab.attacks.common.generators import Companion, generate, pack, seeded, straight_through, unpack
+from backdoorlab.attacks.common.generators import AlternatingStep, generate, pack, seeded, straight_through, unpack
 from backdoorlab.attacks.common.surrogate import clean_surrogate, weights_of
 from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.selection import class_rate
@@ -47,13 +49,13 @@ from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs
-from backdoorlab.modalities.base import Modality
 from backdoorlab.modalities.filters import dct_matrix, expect_images
-from backdoorlab.modalities.image import ImageModality, random_crop, random_flip, to_uint8
-from backdoorlab.models.anatomy import evaluating, frozen
+from backdoorlab.modalities.image import ImageModality, to_uint8
+from backdoorlab.models.anatomy import evaluating
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.models.networks.generators import DetailNet
 from backdoorlab.tasks import Task
+from backdoorlab.training.batches import Batch
 from backdoorlab.training.context import Context, Tensors
 
 
@@ -85,18 +87,9 @@ class NoiseNet(nn.Module):
         return noise / noise.abs().amax((1, 2, 3), keepdim=True).clamp_min(1)
 
 
-def augmented(images: Tensor, modality: Modality, generator: torch.Generator | None) -> Tensor:
-    """The modality's random crops and flips, for images that gradients must flow through; None leaves them alone."""
-    if generator is None or not isinstance(modality, ImageModality):
-        return images
-    if modality.crop:
-        images = random_crop(images, modality.crop, generator)
-    return random_flip(images, generator) if modality.flip else images
-
-
 @dataclass(frozen=True, eq=False)
 class CombatObjective:
-    """The surrogate's loss; before it, a step of the generator.
+    """The losses of surrogate and generator.
 
     Attributes:
         network: g, in training mode except where the surrogate learns from it.
@@ -106,9 +99,8 @@ class CombatObjective:
         eps: largest value of the noise, pixels being in [0, 1].
         l2_weight: a.
         clean_weight: b.
-        companion: g's optimiser.
         generator: decides which samples are stamped.
-        augment: source of crops and flips; None for none.
+        augment: crops and flips, which gradients must flow through; None for none.
     """
 
     network: nn.Module
@@ -118,15 +110,11 @@ class CombatObjective:
     eps: float
     l2_weight: float
     clean_weight: float
-    companion: Companion
     generator: torch.Generator
-    augment: torch.Generator | None
+    augment: Callable[[Tensor], Tensor] | None
 
     def __call__(self, model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        """Loss of a batch prepared without augmentation."""
-        with frozen(model):
-            self.generator_loss(model, inputs, labels).backward()
-        self.companion.step()
+        """The surrogate's loss of a batch prepared without augmentation."""
         draws = torch.rand(len(labels), generator=self.generator).to(labels.device)
         poisoned = ((labels == self.target) & (draws < self.share)).nonzero().flatten()
         images = inputs.clone()
@@ -134,12 +122,17 @@ class CombatObjective:
             with torch.no_grad(), evaluating(self.network):
                 noise = self.network(inputs[poisoned])
                 images[poisoned] = straight_through((inputs[poisoned] + self.eps * noise).clamp(0, 1))
-        return F.cross_entropy(model(augmented(images, model.modality, self.augment)), labels)
+        return F.cross_entropy(model(self.augmented(images)), labels)
 
-    def generator_loss(self, model: Classifier, inputs: Tensor, labels: Tensor) -> Tensor:
+    def augmented(self, images: Tensor) -> Tensor:
+        """What the classifiers see."""
+        return images if self.augment is None else self.augment(images)
+
+    def generator_loss(self, model: Classifier, batch: Batch) -> Tensor:
         """What g goes down, over samples of all classes."""
+        inputs, labels = batch.inputs, batch.labels
         stamped = straight_through((inputs + self.eps * self.network(inputs)).clamp(0, 1))
-        seen = augmented(stamped, model.modality, self.augment)
+        seen = self.augmented(stamped)
         fooled = F.cross_entropy(model(seen), torch.full_like(labels, self.target))
         honest = F.cross_entropy(self.clean(seen), labels)
         return fooled + self.l2_weight * F.mse_loss(2 * stamped, 2 * inputs) + self.clean_weight * honest
@@ -237,8 +230,8 @@ class Combat(PoisoningAttack):
         """The alternated training, in place."""
         recipe = task.recipe.resolve(len(task.train))
         recipe = dataclasses.replace(recipe, epochs=max(1, round(self.epochs * recipe.epochs)), augment=False)
-        augment = ctx.generator("augment", device=ctx.device) if task.recipe.augment else None
-        companion = Companion(network.parameters(), self.generator_lr, (0.9, 0.999), recipe, len(task.train))
+        modality, crops = cast(ImageModality, task.modality), ctx.generator("augment", device=ctx.device)
+        augment = partial(modality.augment, generator=crops) if task.recipe.augment else None
         objective = CombatObjective(
             network,
             clean_surrogate(task, ctx),
@@ -247,8 +240,9 @@ class Combat(PoisoningAttack):
             self.eps,
             self.l2_weight,
             self.clean_weight,
-            companion,
             ctx.generator("poisoned"),
             augment,
         )
-        task.fit(task.train, ctx, recipe=recipe, objective=objective, label="combat: training generator and surrogate")
+        step = partial(AlternatingStep, network=network, loss=objective.generator_loss, lr=self.generator_lr)
+        label = "combat: training generator and surrogate"
+        task.fit(task.train, ctx, recipe=recipe, objective=objective, step=step, label=label)

@@ -33,6 +33,7 @@ decoders resize to the encoder's sizes, so odd sides work.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 
 from backdoorlab.attacks.base import attacks
 from backdoorlab.attacks.common.batch_poison import batch_share
-from backdoorlab.attacks.common.generators import Companion, generate, pack, rms, seeded, straight_through, unpack
+from backdoorlab.attacks.common.generators import JointStep, generate, pack, rms, seeded, straight_through, unpack
 from backdoorlab.attacks.draws import sample_uniform
 from backdoorlab.attacks.poisoning import TrainingAttack
 from backdoorlab.attacks.result import Backdoor
@@ -55,8 +56,10 @@ from backdoorlab.modalities.image import ImageModality, to_uint8
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.models.networks.generators import DetailNet
 from backdoorlab.tasks import Task
+from backdoorlab.training.batches import Repeat
 from backdoorlab.training.context import Context, autocast
 from backdoorlab.training.recipes import Recipe
+from backdoorlab.training.steps import LossStep, run_steps
 
 BETAS = (0.5, 0.9)
 DONORS = 1000
@@ -122,32 +125,38 @@ def train_mask(
     """
     generator, network, scale = ctx.generator("mask"), network.to(ctx.device).train(), scale.to(ctx.device)
     steps = max(1, round(recipe.epochs * (len(images) // recipe.batch_size) / 4))
-    adam = torch.optim.Adam(network.parameters(), lr, BETAS)
-    for step in ctx.track(range(steps), "input_aware: training the mask", steps):
-        for group in adam.param_groups:
-            group["lr"] = lr * 0.1 ** sum(step >= share * steps for share in (0.4, 0.8))
+
+    def draw() -> tuple[Tensor, Tensor]:
         rows = torch.randint(0, len(images), (2, recipe.batch_size), generator=generator)
-        x, other = (images[r].to(ctx.device).float() / 255 for r in rows)
+        x, others = (images[r].to(ctx.device).float() / 255 for r in rows)
+        return x, others
+
+    def loss(pair: tuple[Tensor, Tensor]) -> Tensor:
         with autocast(ctx.device, recipe.precision):
-            values = network(torch.cat([x, other]))
-        masks = sharpen(values.float())
-        loss = mask_loss(x / scale, other / scale, masks[: len(x)], masks[len(x) :], density)
-        adam.zero_grad(set_to_none=True)
-        loss.backward()
-        adam.step()
+            values = network(torch.cat(pair))
+        masks, others = sharpen(values.float()).chunk(2)
+        return mask_loss(pair[0] / scale, pair[1] / scale, masks, others, density)
+
+    run_steps(
+        LossStep(loss, torch.optim.Adam(network.parameters(), lr, BETAS), [network]),
+        Repeat(steps, draw),
+        1,
+        schedule=lambda step: 0.1 ** sum(step >= share * steps for share in (0.4, 0.8)),
+        context=ctx,
+        label="input_aware: training the mask",
+    )
     network.eval().requires_grad_(False)
 
 
 @dataclass(eq=False)
 class InputAwareObjective:
-    """The joint loss; the generator's step is taken when its gradient is there, before the next batch.
+    """The joint loss of victim and pattern generator.
 
     Attributes:
         pattern: G, in training mode.
         mask: M, frozen.
         target_map: labels of backdoor samples.
         rate: share of a batch that is attacked, and share with foreign triggers.
-        companion: G's optimiser.
         scale: float32 [C,1,1], s, on the device.
         generator: decides on batches at rates below one sample.
         exclude_target: never attack samples that already have their attacker's label.
@@ -157,14 +166,12 @@ class InputAwareObjective:
     mask: nn.Module
     target_map: TargetMap
     rate: float
-    companion: Companion
     scale: Tensor
     generator: torch.Generator
     exclude_target: bool = False
 
     def __call__(self, model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Loss of a batch prepared for training."""
-        self.companion.step()
         batch = len(inputs)
         count = batch_share(self.rate, batch, self.generator)
         if self.exclude_target:
@@ -306,13 +313,11 @@ class InputAware(TrainingAttack):
         scale = spread(images, cast(ImageModality, task.modality).std)
         train_mask(mask, images, self.density, scale, recipe, self.generator_lr, ctx)
         pattern = seeded(lambda: TwiceBoundedNet(channels, channels, height, width), ctx.seed, "pattern").to(ctx.device)
-        companion = Companion(pattern.train().parameters(), self.generator_lr, BETAS, recipe, len(task.train))
         objective = InputAwareObjective(
             pattern,
             mask,
             target_map,
             self.rate_on(task),
-            companion,
             scale.to(ctx.device),
             ctx.generator("share", device=ctx.device),
             self.exclude_target,
@@ -321,7 +326,7 @@ class InputAware(TrainingAttack):
             task.train,
             ctx,
             objective=objective,
-            on_epoch=(lambda epoch, victim: companion.step(),),
+            step=partial(JointStep, network=pattern, lr=self.generator_lr, betas=BETAS),
             label=f"{self.name}: training the victim",
         )
         pattern.eval().requires_grad_(False)

@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +51,7 @@ from backdoorlab.models.anatomy import evaluating, features_and_logits, frozen, 
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, Tensors
+from backdoorlab.training.loop import Descent, Objective
 from backdoorlab.training.recipes import Recipe
 
 MOST = 100
@@ -206,6 +209,18 @@ class LatentObjective:
         return F.cross_entropy(logits[: len(inputs)], labels) + self.weight * far.sum() / max(1, count) / self.scale
 
 
+class StudentStep(Descent[Classifier]):
+    """The ordinary step of a model of which only some modules are trained; the others stay in evaluation mode."""
+
+    def __init__(
+        self, model: Classifier, recipe: Recipe, objective: Objective[Classifier], *, trained: Sequence[nn.Module]
+    ) -> None:
+        """``trained`` are modules of the model; the parameters of the others must not require a gradient."""
+        super().__init__(model, recipe, objective)
+        for module in model.modules():
+            module.training = module in trained
+
+
 def train_student(
     teacher: Classifier, split: Split, layer: str | None, recipe: Recipe, task: Task, ctx: Context
 ) -> tuple[Classifier, Any]:
@@ -220,19 +235,12 @@ def train_student(
         head(student).reset_parameters()
     for module in after:
         module.requires_grad_(True)
-    fixed = [module for module in student.modules() if module not in set(after)]
-
-    def objective(model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        for module in fixed:
-            module.training = False
-        return F.cross_entropy(model(inputs), labels)
-
     student, log = task.fit(
         split,
         ctx.child("student"),
         model=student,
         recipe=recipe,
-        objective=objective,
+        step=partial(StudentStep, trained=after),
         label="lba: training the student",
     )
     return student.requires_grad_(True), log

@@ -28,6 +28,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorlab.attacks.base import attacks
-from backdoorlab.attacks.common.generators import Companion, generate, pack, seeded, straight_through, unpack
+from backdoorlab.attacks.common.generators import AlternatingStep, generate, pack, seeded, straight_through, unpack
 from backdoorlab.attacks.poisoning import TrainingAttack
 from backdoorlab.attacks.result import Backdoor
 from backdoorlab.attacks.targets import TargetMap
@@ -45,10 +46,10 @@ from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs
 from backdoorlab.modalities.filters import expect_images
 from backdoorlab.modalities.image import ImageModality, to_uint8
-from backdoorlab.models.anatomy import frozen
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.models.networks.generators import StrideNet
 from backdoorlab.tasks import Task
+from backdoorlab.training.batches import Batch
 from backdoorlab.training.context import Context
 
 SMALLEST = 16
@@ -62,43 +63,36 @@ def add_noise(images: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LiraObjective:
-    """The victim's loss; in stage 1 with a step of the auto-encoder before it.
+    """The victim's loss.
 
     Attributes:
-        frozen_copy: A of the last epoch, in evaluation mode.
+        noise: A of the last epoch, in evaluation mode.
         scale: float [C,1,1], eps sigma.
         target_map: labels of triggered samples.
         alpha: weight of the clean loss.
-        live: A in training mode, None in stage 2.
-        companion: A's optimiser, None in stage 2.
+        rounded: whether triggered samples are rounded to grey levels.
     """
 
-    frozen_copy: nn.Module
+    noise: nn.Module
     scale: Tensor
     target_map: TargetMap
     alpha: float
-    live: nn.Module | None = None
-    companion: Companion | None = None
+    rounded: bool = False
 
     def __call__(self, model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Loss of a batch prepared for training."""
-        wanted = self.target_map(labels)
-        if self.live is not None and self.companion is not None:
-            with frozen(model):
-                loss = F.cross_entropy(model(add_noise(inputs, self.live(inputs), self.scale)), wanted)
-                loss.backward()
-            self.companion.step()
+        targets = self.target_map(labels)
         with torch.no_grad():
-            triggered = add_noise(inputs, self.frozen_copy(inputs), self.scale)
-            if self.live is None:
+            triggered = add_noise(inputs, self.noise(inputs), self.scale)
+            if self.rounded:
                 triggered = straight_through(triggered)
         logits, stamped = model(torch.cat([inputs, triggered])).chunk(2)
-        return self.alpha * F.cross_entropy(logits, labels) + (1 - self.alpha) * F.cross_entropy(stamped, wanted)
+        return self.alpha * F.cross_entropy(logits, labels) + (1 - self.alpha) * F.cross_entropy(stamped, targets)
 
-    def renew(self, epoch: int, model: Classifier) -> None:
-        """Take over the live auto-encoder."""
-        if self.live is not None:
-            self.frozen_copy.load_state_dict(self.live.state_dict())
+    def generator_loss(self, live: nn.Module, model: Classifier, batch: Batch) -> Tensor:
+        """What the auto-encoder that is trained goes down."""
+        triggered = add_noise(batch.inputs, live(batch.inputs), self.scale)
+        return F.cross_entropy(model(triggered), self.target_map(batch.labels))
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,23 +168,28 @@ class Lira(TrainingAttack):
         stages = [dataclasses.replace(whole, epochs=epochs) for epochs in (first, second)]
         live = seeded(lambda: StrideNet(channels), ctx.seed, "generator").to(ctx.device).train()
         still = copy.deepcopy(live).eval().requires_grad_(False)
-        companion = Companion(live.parameters(), self.generator_lr, (0.9, 0.999), stages[0], len(task.train))
-        learning = LiraObjective(still, scale.to(ctx.device), target_map, self.alpha, live, companion)
+        objective = LiraObjective(still, scale.to(ctx.device), target_map, self.alpha)
+
+        def renew(epoch: int, model: Classifier) -> None:
+            still.load_state_dict(live.state_dict())
+
         model, log = task.fit(
             task.train,
             ctx,
             recipe=stages[0],
-            objective=learning,
-            on_epoch=(learning.renew,),
+            objective=objective,
+            step=partial(
+                AlternatingStep, network=live, loss=partial(objective.generator_loss, live), lr=self.generator_lr
+            ),
+            on_epoch=(renew,),
             label=f"{self.name}: training victim and generator",
         )
-        settled = dataclasses.replace(learning, live=None, companion=None)
         _, more = task.fit(
             task.train,
             ctx.child("stage 2"),
             model=model,
             recipe=stages[1],
-            objective=settled,
+            objective=dataclasses.replace(objective, rounded=True),
             label=f"{self.name}: training the victim",
         )
         log += more

@@ -33,7 +33,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from backdoorlab.core.errors import InputError, NotApplicable
@@ -43,8 +43,10 @@ from backdoorlab.defenses.base import RepairDefense, defenses
 from backdoorlab.defenses.view import DefenderView
 from backdoorlab.models.anatomy import Channels, channels, masked, split_units, unit_count
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.training.batches import Batch, Drawn
 from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict
+from backdoorlab.training.steps import run_steps
 
 THRESHOLDS = torch.arange(20) / 20
 
@@ -92,6 +94,42 @@ def adversarial_noise(
         (slope,) = torch.autograd.grad(loss, noise)
         noise = (noise + eps / steps * slope.sign()).clamp(-eps, eps)
     return noise.detach()
+
+
+class MaskStep:
+    """Noise that does most harm, then a step of the masks against it.
+
+    Attributes:
+        mask: [U], of all prunable units.
+        modules: none; the network does not change.
+        optimizers: SGD on the mask.
+    """
+
+    modules: tuple[nn.Module, ...] = ()
+
+    def __init__(self, method: AdversarialNeuronPruning, model: Classifier, generator: torch.Generator) -> None:
+        """For a model whose parameters need no gradient; ``generator`` draws where the noise starts."""
+        self.method, self.model, self.generator, self.groups = method, model, generator, prunable(model)
+        self.mask = torch.ones(unit_count(self.groups), device=model.device, requires_grad=True)
+        self.optimizers = [torch.optim.SGD([self.mask], method.lr, method.momentum)]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """See :class:`~backdoorlab.training.steps.Step`."""
+        method, model, groups, mask = self.method, self.model, self.groups, self.mask
+        inputs, labels = batch.inputs, batch.labels
+        start = torch.rand(2, len(mask), generator=self.generator, device=mask.device)
+        start = start.mul_(2).sub_(1).mul_(method.eps)
+        noise = adversarial_noise(model, groups, mask, inputs, labels, start, method.eps, method.steps)
+        with masked(groups, mask, torch.ones_like(mask)):
+            natural = F.cross_entropy(model(inputs), labels)
+        with masked(groups, mask + noise[0], 1 + noise[1]):
+            robust = F.cross_entropy(model(inputs), labels)
+        loss = method.alpha * natural + (1 - method.alpha) * robust
+        (mask.grad,) = torch.autograd.grad(loss, mask)
+        self.optimizers[0].step()
+        with torch.no_grad():
+            mask.clamp_(0, 1)
+        return loss.detach()
 
 
 @defenses.register
@@ -147,27 +185,11 @@ class AdversarialNeuronPruning(RepairDefense):
                 module.train()
         for parameter in work.parameters():
             parameter.requires_grad_(False)
-        groups, device = prunable(work), work.device
-        generator = ctx.generator("anp", device=device)
-        table, labels = work.modality.encode(clean.inputs).to(device), clean.labels.to(device)
-        mask = torch.ones(unit_count(groups), device=device, requires_grad=True)
-        optimizer = torch.optim.SGD([mask], self.lr, self.momentum)
-        batch = min(self.batch_size, len(clean))
-        for _ in ctx.track(range(self.iterations), "anp: optimising masks", self.iterations):
-            rows = torch.randint(len(clean), (batch,), generator=generator, device=device)
-            inputs, wanted = work.modality.prepare(table[rows]), labels[rows]
-            start = torch.rand(2, len(mask), generator=generator, device=device).mul_(2).sub_(1).mul_(self.eps)
-            noise = adversarial_noise(work, groups, mask, inputs, wanted, start, self.eps, self.steps)
-            with masked(groups, mask, torch.ones_like(mask)):
-                natural = F.cross_entropy(work(inputs), wanted)
-            with masked(groups, mask + noise[0], 1 + noise[1]):
-                robust = F.cross_entropy(work(inputs), wanted)
-            loss = self.alpha * natural + (1 - self.alpha) * robust
-            (mask.grad,) = torch.autograd.grad(loss, mask)
-            optimizer.step()
-            with torch.no_grad():
-                mask.clamp_(0, 1)
-        return mask.detach()
+        generator = ctx.generator("anp", device=work.device)
+        step = MaskStep(self, work, generator)
+        batches = Drawn(clean, work.modality, self.batch_size, generator, self.iterations)
+        run_steps(step, batches, 1, context=ctx, label="anp: optimising masks")
+        return step.mask.detach()
 
     def choose_threshold(
         self, model: Classifier, groups: Sequence[Channels], mask: Tensor, clean: Split

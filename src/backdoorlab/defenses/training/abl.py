@@ -37,14 +37,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
@@ -53,9 +52,9 @@ from backdoorlab.defenses.base import TrainingDefense, TrainingReport, defenses
 from backdoorlab.defenses.view import DefenderView
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.blueprint import Blueprint
-from backdoorlab.training.context import Context, Silent
+from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict
-from backdoorlab.training.loop import Objective, fit
+from backdoorlab.training.loop import Descent, Objective, fit
 from backdoorlab.training.recipes import Recipe
 
 
@@ -86,19 +85,20 @@ def sample_losses(model: Classifier, data: Split) -> Tensor:
     return F.cross_entropy(predict(model, data.inputs), data.labels.cpu(), reduction="none")
 
 
-@contextmanager
-def clipped_gradients(model: nn.Module, bound: float) -> Iterator[None]:
-    """Bound the norm of every parameter tensor's gradient inside the block."""
-    handles = [
-        p.register_hook(lambda g: g * (bound / g.norm().clamp(min=bound)))
-        for p in model.parameters()
-        if p.requires_grad
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+class AscentStep(Descent[Classifier]):
+    """The ordinary step, with a bound on the norm of each parameter tensor's gradient."""
+
+    def __init__(self, model: Classifier, recipe: Recipe, objective: Objective[Classifier], *, bound: float) -> None:
+        """``bound`` is the largest norm."""
+        super().__init__(model, recipe, objective)
+        self.bound = bound
+
+    def clip(self) -> None:
+        """Bound each gradient by itself, then all of them together as the recipe says."""
+        for parameter in self.params:
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.bound / parameter.grad.norm().clamp(min=self.bound))
+        super().clip()
 
 
 @defenses.register
@@ -196,7 +196,7 @@ class AntiBackdoorLearning(TrainingDefense):
         local = lga_loss if self.local_loss == "lga" else flooding_loss
         return local(losses, self.gamma, self.lga_mode)
 
-    def unlearning_objective(self, model: Classifier, kept: Split, batch: int, ctx: Context) -> Objective:
+    def unlearning_objective(self, model: Classifier, kept: Split, batch: int, ctx: Context) -> Objective[Classifier]:
         """L2 of a batch of D_b, in mode "joint" with ``batch`` samples of D_c drawn beside it."""
         table, wanted = model.modality.encode(kept.inputs).to(ctx.device), kept.labels.to(ctx.device)
         generator, cap = ctx.generator("kept", device=ctx.device), self.cap * math.log(model.num_classes)
@@ -215,26 +215,32 @@ class AntiBackdoorLearning(TrainingDefense):
     def unlearn(self, model: Classifier, suspects: Split, kept: Split, recipe: Recipe, ctx: Context) -> int:
         """Minimise L2 until D_b is forgotten (accuracy below 1/K) or the budget is spent; returns the steps."""
         batch = min(self.ascent_batch, len(suspects))
-        once = dataclasses.replace(
-            recipe, epochs=1, batch_size=batch, lr=self.ascent_lr, schedule="constant", weight_decay=0.0, augment=False
+        steps = len(suspects) // batch
+        ascent = dataclasses.replace(
+            recipe,
+            epochs=math.ceil(self.ascent_steps / steps),
+            batch_size=batch,
+            lr=self.ascent_lr,
+            schedule="constant",
+            weight_decay=0.0,
+            augment=False,
         )
-        objective, steps, done = (
-            self.unlearning_objective(model, kept, recipe.batch_size, ctx),
-            len(suspects) // batch,
-            0,
-        )
-        while done < self.ascent_steps:
+
+        def forgotten(epoch: int, model: Classifier) -> bool:
             predicted = predict(model, suspects.inputs).argmax(1)
-            if float((predicted == suspects.labels.cpu()).float().mean()) < 1 / model.num_classes:
-                break
-            with clipped_gradients(model, self.clip):
-                fit(
-                    model,
-                    suspects,
-                    once,
-                    objective=objective,
-                    chance=math.inf,
-                    context=dataclasses.replace(ctx.child("ascent", done), reporter=Silent()),
-                )
-            done += steps
-        return done
+            return float((predicted == suspects.labels.cpu()).float().mean()) < 1 / model.num_classes
+
+        if not ascent.epochs or forgotten(0, model):
+            return 0
+        log = fit(
+            model,
+            suspects,
+            ascent,
+            objective=self.unlearning_objective(model, kept, recipe.batch_size, ctx),
+            step=partial(AscentStep, bound=self.clip),
+            on_epoch=[forgotten],
+            chance=math.inf,
+            context=ctx.child("ascent"),
+            label="abl: unlearning",
+        )
+        return log.steps
