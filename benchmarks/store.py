@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 from backdoorlab.benchmark import Card, Grid, Runner, Store, plan
-from backdoorlab.benchmark.commands import attack_command, defense_command
+from backdoorlab.benchmark.commands import command_of
 from backdoorlab.benchmark.measure import finish
 from backdoorlab.benchmark.meter import environment
-from backdoorlab.benchmark.spec import changed_settings, resolve, stage_key
+from backdoorlab.benchmark.spec import resolve
+from backdoorlab.metrics.result import Metrics
 
 ATTACKS = ("badnets", "blended", "sig", "wanet", "bpp", "ftrojan", "ctrl", "lf", "refool")
 DEFENSES = ("ft", "strip_dataset", "anp", "clp", "ac", "spectral", "strip", "neural_cleanse", "abl")
@@ -58,23 +59,19 @@ def fill(store: Store, grid: Grid) -> int:
     for stage in stages:
         experiment = stage.experiment
         task = runner.task(experiment.task)
-        spec = resolve(experiment, task)
-        key = stage_key(spec)
-        kind = "defense" if experiment.defense else "attack" if experiment.attack else "benign"
-        ids[stage.index] = f"{kind}/{key}"
+        resolved = resolve(experiment, task)
+        ids[stage.index] = f"{resolved.stage}/{resolved.key}"
         parents = [] if stage.parent is None else [ids[stage.parent]]
         numbers: dict[str, Any] = dict(zip(("acc", "asr", "ra", "der", "rir"), chance.random(5).tolist(), strict=True))
         numbers |= {"acc_per_class": chance.random(10).tolist(), "n_clean": 50, "n_triggered": 45}
-        metrics, reasons = finish(numbers, {}, None)
-        command = (
-            defense_command(experiment, task, parents[0].rpartition("/")[2])
-            if parents
-            else attack_command(experiment, task)
+        metrics = finish(
+            Metrics(numbers), attacked=experiment.attack is not None, defended=experiment.defense is not None
         )
         card = Card.model_validate(
-            {"stage": kind, "key": key, "status": "ok", "spec": spec, "parents": parents, "metrics": metrics}
-            | {"null_reasons": reasons, "modality": task.methods, "command": command}
-            | {"changed": changed_settings(experiment, task), "seconds": {"attack": 1.5, "measure": 0.25}}
+            {"stage": resolved.stage, "key": resolved.key, "status": "ok", "spec": resolved.spec, "parents": parents}
+            | {"metrics": dict(metrics), "null_reasons": dict(metrics.reasons), "modality": task.methods}
+            | {"command": command_of(resolved), "changed": resolved.changed}
+            | {"seconds": {"attack": 1.5, "measure": 0.25}}
             | {"peak_memory_mb": 812.5, "notes": {"poisoned": 20, "cover": 0, "effective_rate": 0.1}}
             | place
         )

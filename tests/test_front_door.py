@@ -58,7 +58,7 @@ def test_plant_evaluate_repair_compare(task: Task, backdoor: Backdoor) -> None:
 def test_it_gives_the_bits_of_the_benchmark(backdoor: Backdoor, tmp_path: Path) -> None:
     attack = MethodSpec("badnets", {"poison_rate": 0.05})
     runner = Runner(Store(tmp_path))
-    card = runner.attack(Experiment(task=TaskSpec(recipe="smoke"), attack=attack))
+    card = runner.run(Experiment(task=TaskSpec(recipe="smoke"), attack=attack)).card
     stored = runner.load_model(card).state_dict()
     assert all(torch.equal(v, backdoor.model.state_dict()[k].cpu()) for k, v in stored.items())
     assert backdoor.evaluate().asr == card.metrics["asr"]

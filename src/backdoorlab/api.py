@@ -13,17 +13,18 @@ from torch import nn
 from backdoorlab.attacks.base import Attack, attacks
 from backdoorlab.attacks.files import read_folder
 from backdoorlab.attacks.result import Backdoor
-from backdoorlab.benchmark.measure import Measured, Victim, finish, measure_outcome
+from backdoorlab.benchmark.measure import Victim, run_defense
 from backdoorlab.benchmark.meter import Meter
-from backdoorlab.benchmark.spec import task_spec
+from backdoorlab.benchmark.spec import owned_fraction, task_from_json, task_spec
 from backdoorlab.core.errors import InputError, NotApplicable
 from backdoorlab.core.registry import Registry
-from backdoorlab.data.sources import DatasetSpec, datasets
+from backdoorlab.data.sources import datasets
+from backdoorlab.data.split import clean_indices
 from backdoorlab.defenses.base import Defense, defenses
 from backdoorlab.metrics.tables import Comparison, Evaluation, compared
 from backdoorlab.modalities.image import ImageModality
 from backdoorlab.models.classifier import Classifier, models
-from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.tasks import Task
 from backdoorlab.training.session import session
 
 
@@ -66,11 +67,17 @@ def load_task(
         >>> len(task.train), len(task.test), task.num_classes
         (1437, 360, 10)
     """
-    data = DatasetSpec(name=dataset, size=size, train_size=train_size, test_size=test_size, seed=data_seed)
-    changes = tuple(sorted((recipe_changes or {}).items()))
-    return Task.load(
-        TaskSpec(dataset=data, model=model, recipe=recipe, recipe_changes=changes), root=root, download=download
+    spec = task_spec(
+        dataset,
+        size=size,
+        train_size=train_size,
+        test_size=test_size,
+        data_seed=data_seed,
+        model=model,
+        recipe=recipe,
+        recipe_changes=recipe_changes,
     )
+    return Task.load(spec, root=root, download=download)
 
 
 def attack(
@@ -142,15 +149,11 @@ def defend(
     task = _task_of(backdoor)
     defense: Defense = defenses.get(name, task.modality.name).build(settings)
     seed = backdoor.seed if seed is None else seed
+    rows = clean_indices(task.train.labels, task.num_classes, owned_fraction(defense, clean_fraction), seed)
     ctx, before = session(seed, device, progress, "defense"), backdoor.evaluate()
-    fraction = defense.needs_clean_fraction if clean_fraction is None else clean_fraction
-    clean = task.clean_subset(fraction, seed=seed) if "clean" in defense.reads else task.train[torch.arange(0)]
+    retraining = session(seed, device, progress, "retrain") if retrain else None
     victim = Victim(task, backdoor.model.to(ctx.device), backdoor, True, before.values, backdoor.measuring(device))
-    outcome = defense.apply(victim.view(clean, defense.reads), ctx)
-    again = session(seed, device, progress, "retrain") if retrain else None
-    measured: Measured = measure_outcome(outcome, victim, again, Meter(ctx.device))
-    metrics, _ = finish(measured.metrics, measured.reasons, victim)
-    return Evaluation(defense.name, metrics)
+    return Evaluation(defense.name, run_defense(defense, victim, rows, ctx, retraining, Meter(ctx.device)).metrics)
 
 
 def compare(backdoor: Backdoor, *others: Classifier | Evaluation, **named: Classifier) -> Comparison:
@@ -194,7 +197,7 @@ def load(folder: str | Path, *, root: str | Path | None = None, device: str | to
     planted.model.to(session(0, device).device)
     if record["task"] is None:
         return planted
-    task = Task.load(task_spec(record["task"]), root=root)
+    task = Task.load(task_from_json(record["task"]), root=root)
     return planted.on(task, int(record["seed"]), str(record["title"]))
 
 
@@ -272,8 +275,8 @@ def list_defenses(pattern: str = "*", *, modality: str | None = None, stage: str
         >>> "anp" in bl.list_defenses(stage="repair")
         True
     """
-    found = {cls.name for cls in defenses if stage in (None, cls.stage)}
-    return [name for name in _names(defenses, pattern, modality) if name in found]
+    of_stage = {cls.name for cls in defenses if stage in (None, cls.stage)}
+    return [name for name in _names(defenses, pattern, modality) if name in of_stage]
 
 
 def list_datasets(pattern: str = "*", *, modality: str | None = None) -> list[str]:

@@ -149,7 +149,7 @@ def test_the_warning_is_on_the_card(tmp_path: object) -> None:
         recipe_changes=(("epochs", 1),),
     )
     runner = Runner(Store(tmp_path))  # type: ignore[arg-type]
-    card = runner.attack(Experiment(task=spec, attack=MethodSpec("ftrojan", {"magnitude": 0.5})))
+    card = runner.run(Experiment(task=spec, attack=MethodSpec("ftrojan", {"magnitude": 0.5}))).card
     assert any("ftrojan: the trigger changes" in text and "raise magnitude" in text for text in card.notes["warnings"])
-    fine = runner.attack(Experiment(task=spec, attack=MethodSpec("badnets", {})))
+    fine = runner.run(Experiment(task=spec, attack=MethodSpec("badnets", {}))).card
     assert "warnings" not in fine.notes

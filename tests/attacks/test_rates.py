@@ -126,10 +126,10 @@ def test_the_card_of_a_clean_label_attack_says_the_rate_and_the_warning(tmp_path
         recipe="smoke",
         recipe_changes=(("epochs", 1),),
     )
-    usual = runner.attack(Experiment(task=spec, attack=MethodSpec("sig", {})))
+    usual = runner.run(Experiment(task=spec, attack=MethodSpec("sig", {}))).card
     assert usual.notes["poisoned"] == 10 and usual.notes["effective_rate"] == 0.05
     assert not any("poisoned" in text for text in told)
-    whole = runner.attack(Experiment(task=spec, attack=MethodSpec("sig", {"poison_rate": 0.1})))
+    whole = runner.run(Experiment(task=spec, attack=MethodSpec("sig", {"poison_rate": 0.1}))).card
     assert any("20 of the 20 training samples of class 0" in text for text in whole.notes["warnings"])
     assert sum("20 of the 20" in text for text in told) == 1
     assert {row["poison_rate"] for row in rows(runner.store)} == {0.05, 0.1}

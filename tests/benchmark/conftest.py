@@ -23,6 +23,6 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     torch.set_num_threads(1)
     runner = Runner(Store(tmp_path_factory.mktemp("filled") / "store"))
     for attack in (BADNETS, None):
-        assert runner.defense(Experiment(task=TINY, attack=attack, defense=FT)).status == "ok"
+        assert runner.run(Experiment(task=TINY, attack=attack, defense=FT)).card.status == "ok"
     torch.set_num_threads(before)
     return runner

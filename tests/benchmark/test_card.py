@@ -8,6 +8,7 @@ import pytest
 from backdoorlab.benchmark import Card, Runner
 from backdoorlab.benchmark.card import METRICS, SCHEMA_FILE, complete, schema
 from backdoorlab.core.errors import ArtifactError
+from backdoorlab.metrics.result import Metrics
 
 
 def test_published_schema_is_that_of_the_code():
@@ -69,11 +70,10 @@ def test_invalid_cards_are_refused_in_one_line(filled: Runner, changes: dict[str
 
 
 def test_numbers_that_are_not_finite_become_null_with_a_reason():
-    metrics, reasons = complete(
-        {"acc": 0.5, "score": float("nan"), "per_class": [1.0, float("inf")]}, {"score": "why"}, "?"
-    )
+    values = {"acc": 0.5, "score": float("nan"), "per_class": [1.0, float("inf")]}
+    metrics = complete(Metrics(values, {"score": "why", "acc": "not needed"}), "?")
     assert metrics["score"] is None
     assert metrics["per_class"] == [1.0, None]
-    assert reasons["score"] == "why"
-    assert reasons["per_class"] == "?"
-    assert "acc" not in reasons
+    assert metrics.reasons["score"] == "why"
+    assert metrics.reasons["per_class"] == "?"
+    assert "acc" not in metrics.reasons

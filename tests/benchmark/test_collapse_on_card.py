@@ -9,7 +9,7 @@ import pytest
 from benchmark_cases import BADNETS, TINY
 
 from backdoorlab.benchmark import Experiment, Runner, Store
-from backdoorlab.training import loop
+from backdoorlab.training.watch import Watch
 
 
 @pytest.fixture
@@ -17,15 +17,15 @@ def breaks_down(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make the n-th epochs that the watch judges, counted over all trainings, collapses."""
 
     def arrange(*epochs: int) -> None:
-        judged, judge = 0, loop._Watch.judge
+        count, judge = 0, Watch.judge
 
-        def broken(watch: loop._Watch, losses: list[float]) -> float | None:
-            nonlocal judged
-            judged += 1
-            found = judge(watch, losses)
-            return 99.0 if judged in epochs else found
+        def broken(watch: Watch, losses: list[float]) -> float | None:
+            nonlocal count
+            count += 1
+            verdict = judge(watch, losses)
+            return 99.0 if count in epochs else verdict
 
-        monkeypatch.setattr(loop._Watch, "judge", broken)
+        monkeypatch.setattr(Watch, "judge", broken)
 
     return arrange
 
@@ -36,7 +36,7 @@ def test_a_card_carries_a_collapse_that_was_taken_back(
 ) -> None:
     breaks_down(3)
     runner = Runner(Store(tmp_path))
-    card = runner.attack(Experiment(task=TINY, attack=attack))
+    card = runner.run(Experiment(task=TINY, attack=attack)).card
     assert card.status == "ok"
     (collapse,) = card.notes["collapses"]
     assert (collapse["epoch"], collapse["loss"]) == (3, 99.0)
@@ -47,7 +47,7 @@ def test_a_card_carries_a_collapse_that_was_taken_back(
 
 def test_a_second_collapse_is_a_failed_run_without_numbers(tmp_path: Path, breaks_down: Callable[..., None]) -> None:
     breaks_down(3, 5)
-    card = Runner(Store(tmp_path)).attack(Experiment(task=TINY, attack=BADNETS))
+    card = Runner(Store(tmp_path)).run(Experiment(task=TINY, attack=BADNETS)).card
     assert card.status == "failed"
     assert "for the second time" in str(card.reason)
     assert card.metrics.get("asr") is None

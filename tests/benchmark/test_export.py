@@ -51,7 +51,7 @@ def stored(runner: Runner) -> Callable[..., tuple[str, Task, Backdoor]]:
     """Runs of attacks, made when asked for: id, task and backdoor."""
 
     def make(name: str, spec: TaskSpec = TINY, **settings: Any) -> tuple[str, Task, Backdoor]:
-        card = runner.attack(Experiment(task=spec, attack=MethodSpec(name, settings)))
+        card = runner.run(Experiment(task=spec, attack=MethodSpec(name, settings))).card
         assert card.status == "ok", card.reason
         return (card.id, *runner.load_backdoor(card.id))
 
@@ -623,7 +623,9 @@ def test_the_card_of_an_attack_says_how_visible_it_is(tmp_path: Path) -> None:
     from backdoorlab.metrics.visibility import visibility
 
     runner = Runner(Store(tmp_path))
-    card = runner.attack(Experiment(task=task_of("digits", train_size=100, test_size=50), attack=MethodSpec("badnets")))
+    card = runner.run(
+        Experiment(task=task_of("digits", train_size=100, test_size=50), attack=MethodSpec("badnets"))
+    ).card
     task, backdoor = runner.load_backdoor(card)
     clean = task.test.inputs[task.test.labels != 0]
     seen = visibility(clean, stamp_all(backdoor.trigger, clean))  # type: ignore[arg-type]

@@ -61,7 +61,7 @@ def test_duplicates_are_planned_once(tmp_path: Path):
         ({"attacks": "[{name: badnets, settings: {size: -3}}]"}, r"badnets: size must be >= 1, got -3"),
         ({"tasks": "[{dataset: digit}]"}, r"unknown dataset 'digit'.*Did you mean 'digits'"),
         ({"tasks": "[{dataset: digits, recipe: smok}]"}, r"unknown recipe 'smok'.*Did you mean 'smoke'"),
-        ({"tasks": "[{dataset: digits, recipe_changes: {epoch: 3}}]"}, r"recipe field 'epoch'.*'epochs'"),
+        ({"tasks": "[{dataset: digits, recipe_changes: {epoch: 3}}]"}, r"recipe has no field 'epoch'.*'epochs'"),
         ({"tasks": "[{dataset: digits, kind: clasifier}]"}, r"unknown kind of task 'clasifier'"),
         ({"tasks": "[{recipe: smoke}]"}, r"'tasks\[0\].dataset' is missing"),
         ({"attacks": "[]"}, r"'attacks' is empty"),
@@ -112,7 +112,7 @@ def test_mistakes_are_named_with_the_file(tmp_path: Path, changes: dict[str, str
         ("{warmup: 7}", "warmup must be at most 1, got 7"),
         ("{optimizer: 5}", "optimizer must be of type str, got 5"),
         ("{momentum: 0}", "nesterov needs a momentum > 0"),
-        ("{name: mine}", "unknown recipe field 'name'"),
+        ("{name: mine}", "recipe has no field 'name'"),
     ],
 )
 def test_recipe_changes_are_checked_as_on_the_command_line(tmp_path: Path, changes: str, message: str):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from backdoorlab.attacks import attacks
 from backdoorlab.benchmark import Experiment, MethodSpec, Runner, Store
-from backdoorlab.benchmark.store import OwnAssets
+from backdoorlab.benchmark.store import UserAssets
 from backdoorlab.cli.main import run
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.sources import DatasetSpec
@@ -56,7 +56,7 @@ def lf(**assets: str) -> Experiment:
 
 def test_the_file_is_what_the_attack_uses(runner: Runner, tmp_path: Path) -> None:
     key = runner.keep_asset("lf-pattern", pattern(tmp_path / "own.safetensors", 40 / 255))
-    card = runner.attack(lf(lf_pattern=key))
+    card = runner.run(lf(lf_pattern=key)).card
     assert card.status == "ok", card.reason
     assert f"--asset lf-pattern={key}" in card.command
     _, backdoor = runner.load_backdoor(card)
@@ -65,11 +65,11 @@ def test_the_file_is_what_the_attack_uses(runner: Runner, tmp_path: Path) -> Non
     again = Experiment.from_json(json.loads(json.dumps(card.spec)))
     assert again.attack is not None
     assert again.attack.assets == {"lf-pattern": key}
-    assert runner.attack(again).key == card.key
-    assert runner.reused
+    repeated = runner.run(again)
+    assert repeated.card.key == card.key and repeated.reused
     other = runner.keep_asset("lf-pattern", pattern(tmp_path / "other.safetensors", 20 / 255))
     assert other != key
-    assert runner.keys(lf(lf_pattern=other))[0] != card.key, "another file is another run"
+    assert runner.resolve(lf(lf_pattern=other)).key != card.key, "another file is another run"
 
 
 def test_what_is_built_from_a_file_is_not_confused_with_what_is_built_without() -> None:
@@ -80,10 +80,10 @@ def test_what_is_built_from_a_file_is_not_confused_with_what_is_built_without() 
         return {"v": torch.tensor(float(len(made)))}
 
     plain = cache.get("lf-pattern", {"steps": 1}, build)
-    own = OwnAssets(cache, {"clean-surrogate": {"w": torch.ones(2)}})
-    assert own.get("lf-pattern", {"steps": 1}, build)["v"] != plain["v"]
-    assert own.get("lf-pattern", {"steps": 1}, build)["v"] == 2
-    assert torch.equal(own.get("clean-surrogate", {}, build)["w"], torch.ones(2))
+    assets = UserAssets(cache, {"clean-surrogate": {"w": torch.ones(2)}})
+    assert assets.get("lf-pattern", {"steps": 1}, build)["v"] != plain["v"]
+    assert assets.get("lf-pattern", {"steps": 1}, build)["v"] == 2
+    assert torch.equal(assets.get("clean-surrogate", {}, build)["w"], torch.ones(2))
     assert len(made) == 2
 
 
@@ -99,7 +99,7 @@ def test_a_file_that_does_not_fit(
 ) -> None:
     key = runner.keep_asset("lf-pattern", pattern(tmp_path / "own.safetensors", 0.1, shape, name))
     with pytest.raises(InputError, match=message):
-        runner.attack(lf(lf_pattern=key))
+        runner.run(lf(lf_pattern=key))
     assert not runner.store.runs("attack")
 
 
@@ -110,7 +110,7 @@ def test_a_surrogate_of_another_architecture(runner: Runner, tmp_path: Path, nam
     settings = {"poison_rate": 0.05} | ({"surrogate": "own"} if name == "narcissus" else {})
     experiment = Experiment(task=TASK, attack=MethodSpec(name, settings, {"clean-surrogate": key}))
     with pytest.raises(InputError, match=r"asset clean-surrogate (lacks|:)"):
-        runner.attack(experiment)
+        runner.run(experiment)
 
 
 @pytest.mark.parametrize(
@@ -127,13 +127,13 @@ def test_a_file_that_would_not_be_used(
 ) -> None:
     key = runner.keep_asset(kind, pattern(tmp_path / "own.safetensors", 0.1))
     with pytest.raises(InputError, match=f"{name} does not use the asset '{kind}' with these hyper-parameters, but: "):
-        runner.attack(Experiment(task=TASK, attack=MethodSpec(name, {"poison_rate": 0.05, **settings}, {kind: key})))
+        runner.run(Experiment(task=TASK, attack=MethodSpec(name, {"poison_rate": 0.05, **settings}, {kind: key})))
 
 
 def test_a_benign_run_of_ones_own_serves_as_surrogate(runner: Runner) -> None:
-    benign = runner.attack(Experiment(task=TASK))
+    benign = runner.run(Experiment(task=TASK)).card
     path = runner.store.run("benign", benign.key).path / "model.safetensors"
-    card = runner.attack(lf(clean_surrogate=runner.keep_asset("clean-surrogate", path)))
+    card = runner.run(lf(clean_surrogate=runner.keep_asset("clean-surrogate", path))).card
     assert card.status == "ok"
     assert not (runner.store.root / "asset" / "clean-surrogate").exists()
 
@@ -161,7 +161,7 @@ def test_aliases_are_the_same_attack(runner: Runner, capsys: pytest.CaptureFixtu
     assert attacks.get("dynamic") is attacks.get("input_aware")
     assert attacks.get("cl", "image") is attacks.get("lc", "image")
     assert "dynamic" not in attacks.names()
-    keys = {runner.keys(Experiment(task=TASK, attack=MethodSpec(name)))[0] for name in ("dynamic", "input_aware")}
+    keys = {runner.resolve(Experiment(task=TASK, attack=MethodSpec(name))).key for name in ("dynamic", "input_aware")}
     assert len(keys) == 1
     assert run(["list", "attacks", "--modality", "image", "--json"]) == 0
     listed = {row["name"]: row["aliases"] for row in json.loads(capsys.readouterr().out)}

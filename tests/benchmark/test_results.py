@@ -183,8 +183,8 @@ def test_methods_that_are_not_installed_are_still_shown(many: Store):
 
 def test_settings_tell_variants_apart(filled: Runner, tmp_path: Path):
     runner = Runner(Store(tmp_path))
-    runner.attack(Experiment(task=TINY, attack=BADNETS))
-    runner.attack(Experiment(task=TINY, attack=MethodSpec("badnets", {"size": 3})))
+    runner.run(Experiment(task=TINY, attack=BADNETS))
+    runner.run(Experiment(task=TINY, attack=MethodSpec("badnets", {"size": 3})))
     assert len(table(runner.store, ("attack", "attack_settings"))) == 2
     (mixed,) = table(runner.store, ("attack",))
     assert mixed["n"] == 2

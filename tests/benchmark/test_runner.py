@@ -9,7 +9,7 @@ import torch
 from benchmark_cases import BADNETS, FT, TINY
 from torch import Tensor
 
-from backdoorlab.benchmark import Card, Experiment, MethodSpec, Runner, Store
+from backdoorlab.benchmark import Card, Experiment, MethodSpec, Runner, RunResult, Store
 from backdoorlab.core.errors import InputError, NotApplicable
 from backdoorlab.data.split import BACKDOOR, clean_indices
 from backdoorlab.defenses import DefenderView
@@ -107,25 +107,30 @@ def _toys():
     defenses._entries.update(before)
 
 
+def run(runner: Runner, name: str, attack: MethodSpec | None = BADNETS, **more: object) -> RunResult:
+    return runner.run(Experiment(task=TINY, attack=attack, defense=MethodSpec(name), **more))
+
+
 def defend(runner: Runner, name: str, attack: MethodSpec | None = BADNETS, **more: object) -> Card:
-    return runner.defense(Experiment(task=TINY, attack=attack, defense=MethodSpec(name), **more))
+    return run(runner, name, attack, **more).card
 
 
 def test_same_experiment_twice_gives_the_same_bits(filled: Runner, tmp_path: Path):
-    card = Runner(Store(tmp_path)).defense(Experiment(task=TINY, attack=BADNETS, defense=FT))
-    other = filled.defense(Experiment(task=TINY, attack=BADNETS, defense=FT))
-    assert filled.reused
+    card = Runner(Store(tmp_path)).run(Experiment(task=TINY, attack=BADNETS, defense=FT)).card
+    found = filled.run(Experiment(task=TINY, attack=BADNETS, defense=FT))
+    other = found.card
+    assert found.reused and found.base is None
     assert card.metrics == other.metrics
     assert card.digests == other.digests
     first, second = Store(tmp_path).runs("attack")[0].card(), filled.store.runs("attack")[0].card()
     assert first.key == second.key
     assert first.digests["model.safetensors"] == second.digests["model.safetensors"]
-    assert Runner(Store(tmp_path)).attack(Experiment(task=TINY, attack=BADNETS, seed=1)).digests != first.digests
+    assert Runner(Store(tmp_path)).run(Experiment(task=TINY, attack=BADNETS, seed=1)).card.digests != first.digests
 
 
 def test_repair_row(filled: Runner):
-    attack = filled.attack(Experiment(task=TINY, attack=BADNETS))
-    card = filled.defense(Experiment(task=TINY, attack=BADNETS, defense=FT))
+    attack = filled.run(Experiment(task=TINY, attack=BADNETS)).card
+    card = filled.run(Experiment(task=TINY, attack=BADNETS, defense=FT)).card
     m = card.metrics
     assert attack.metrics["asr"] > 0.7, "the toy attack must work for this file to mean anything"
     assert (m["acc_before"], m["asr_before"]) == (attack.metrics["acc"], attack.metrics["asr"])
@@ -133,10 +138,10 @@ def test_repair_row(filled: Runner):
     assert m["rir"] == robust_improvement(m["acc_before"], m["ra_before"], m["acc"], m["ra"])
     assert m["auroc"] is None and card.null_reasons["auroc"] == "this stage detects nothing"
     assert m["n_defender"] == 20
-    benign = filled.defense(Experiment(task=TINY, defense=FT))
+    benign = filled.run(Experiment(task=TINY, defense=FT)).card
     assert benign.parents[0].startswith("benign/")
     assert benign.metrics["asr"] is None and "benign" in benign.null_reasons["der"]
-    assert benign.metrics["acc_before"] == filled.attack(Experiment(task=TINY)).metrics["acc"]
+    assert benign.metrics["acc_before"] == filled.run(Experiment(task=TINY)).card.metrics["acc"]
 
 
 def test_stored_models_reproduce_their_numbers(filled: Runner):
@@ -157,7 +162,7 @@ def test_stored_models_reproduce_their_numbers(filled: Runner):
 def test_an_effect_outside_of_the_weights_is_not_credited(filled: Runner):
     assert (
         defend(filled, "toy_hooked").metrics["acc"]
-        == filled.attack(Experiment(task=TINY, attack=BADNETS)).metrics["acc"]
+        == filled.run(Experiment(task=TINY, attack=BADNETS)).card.metrics["acc"]
     )
 
 
@@ -219,16 +224,19 @@ def test_failures_become_cards_and_bad_input_does_not(filled: Runner):
     assert card.reason.startswith("ZeroDivisionError: a bug (test_runner.py:")
     assert card.metrics["acc"] is None
     assert "in broken" in filled.store.find(card.id).log()[0]["traceback"]
-    assert defend(filled, "toy_broken").status == "failed" and not filled.reused  # tried again
+    again = run(filled, "toy_broken")
+    assert again.card.status == "failed" and not again.reused
+    assert again.base is not None and again.base.reused and again.base.card.id == again.card.parents[0]
     assert defend(filled, "toy_unfit").status == "not_applicable"
-    assert defend(filled, "toy_unfit").reason == "needs a transformer" and filled.reused
+    unfit = run(filled, "toy_unfit")
+    assert unfit.card.reason == "needs a transformer" and unfit.reused
     before = len(filled.store.runs())
     with pytest.raises(InputError, match="something else"):
         defend(filled, "toy_choosy")
     with pytest.raises(InputError, match="largest possible rate"):
-        filled.attack(Experiment(task=TINY, attack=MethodSpec("badnets", {"poison_rate": 1.0, "exclude_target": True})))
+        filled.run(Experiment(task=TINY, attack=MethodSpec("badnets", {"poison_rate": 1.0, "exclude_target": True})))
     with pytest.raises(InputError, match="Did you mean 'badnets'"):
-        filled.attack(Experiment(task=TINY, attack=MethodSpec("badnet")))
+        filled.run(Experiment(task=TINY, attack=MethodSpec("badnet")))
     assert len(filled.store.runs()) == before
 
 
@@ -236,7 +244,7 @@ def test_a_failed_attack_fails_its_defenses(filled: Runner, monkeypatch: pytest.
     from backdoorlab.attacks.image.badnets import BadNets
 
     monkeypatch.setattr(BadNets, "make_trigger", lambda *a: 1 / 0)
-    card = filled.defense(Experiment(task=TINY, attack=BADNETS, defense=FT, seed=7))
+    card = filled.run(Experiment(task=TINY, attack=BADNETS, defense=FT, seed=7)).card
     assert card.status == "failed" and "has status failed: ZeroDivisionError" in card.reason
 
 
@@ -249,19 +257,20 @@ def test_interrupt_leaves_a_clean_store(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(BadNets, "make_trigger", interrupted)
     runner = Runner(Store(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        runner.attack(Experiment(task=TINY, attack=BADNETS))
+        runner.run(Experiment(task=TINY, attack=BADNETS))
     assert [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"] == []
     monkeypatch.undo()
-    assert runner.attack(Experiment(task=TINY, attack=BADNETS)).status == "ok"
+    assert runner.run(Experiment(task=TINY, attack=BADNETS)).card.status == "ok"
 
 
 def test_fresh_repeats_and_replaces(filled: Runner, tmp_path: Path):
     runner = Runner(Store(tmp_path))
     experiment = Experiment(task=TINY)
-    first = runner.attack(experiment)
-    assert runner.attack(experiment) == first and runner.reused
-    again = runner.attack(experiment, fresh=True)
-    assert not runner.reused
+    first = runner.run(experiment).card
+    assert runner.run(experiment) == RunResult(first, reused=True)
+    repeated = runner.run(experiment, fresh=True)
+    again = repeated.card
+    assert not repeated.reused
     assert again.metrics == first.metrics
     assert again.digests["model.safetensors"] == first.digests["model.safetensors"]
     assert len(runner.store.runs()) == 1
@@ -270,7 +279,7 @@ def test_fresh_repeats_and_replaces(filled: Runner, tmp_path: Path):
 def test_experiment_on_a_stored_run(filled: Runner):
     run = filled.store.runs("defense")[0]
     built = filled.experiment_on(run.key, FT)
-    assert filled.keys(built)[1] == run.key
+    assert filled.resolve(built).key == run.key
 
 
 def test_clean_samples_are_shared_nested_and_balanced():
@@ -285,18 +294,18 @@ def test_clean_samples_are_shared_nested_and_balanced():
 
 
 def test_defender_owns_the_stored_rows(filled: Runner):
-    cards = [defend(filled, "toy_scan"), filled.defense(Experiment(task=TINY, attack=BADNETS, defense=FT))]
+    cards = [defend(filled, "toy_scan"), filled.run(Experiment(task=TINY, attack=BADNETS, defense=FT)).card]
     rows = [filled.store.find(c.id).tensors("clean")["indices"] for c in cards]
     assert torch.equal(rows[0], rows[1]) and len(rows[0]) == 20
-    half = filled.defense(Experiment(task=TINY, attack=BADNETS, defense=FT, clean_fraction=0.5))
+    half = filled.run(Experiment(task=TINY, attack=BADNETS, defense=FT, clean_fraction=0.5)).card
     assert len(filled.store.find(half.id).tensors("clean")["indices"]) == 200
     assert half.command.endswith("--clean-fraction 0.5 --set epochs=4 --set batch_size=16")
 
 
 def test_changed_data_are_noticed(filled: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from backdoorlab.benchmark import spec
+    from backdoorlab.benchmark import runner as module
 
     runner = Runner(filled.store)
-    monkeypatch.setattr(spec, "data_digest", lambda task: "f" * 20)
+    monkeypatch.setattr(module, "data_digest", lambda task: "f" * 20)
     with pytest.raises(InputError, match="made from other data"):
         runner.load_backdoor(filled.store.runs("attack")[0])

@@ -14,7 +14,7 @@ import torch
 from benchmark_cases import FT
 from filelock import FileLock
 
-from backdoorlab.benchmark import Results, Runner, Store, StoredRun
+from backdoorlab.benchmark import Results, Runner, RunResult, Store, StoredRun
 from backdoorlab.benchmark import store as store_module
 from backdoorlab.benchmark.store import StoreError
 from backdoorlab.core.errors import ArtifactError, InputError
@@ -248,11 +248,12 @@ def test_a_store_that_cannot_be_written_is_read(
     runner = Runner(store)
     assert Results(store).refusals == [] and len(store.runs()) >= 4
     spec = copy.card().experiment()
-    assert runner.attack(spec).key == copy.key and runner.reused
-    assert runner.defense(dataclasses.replace(spec, defense=FT, clean_fraction=None)).status == "ok" and runner.reused
+    attack, defense = runner.run(spec), runner.run(dataclasses.replace(spec, defense=FT, clean_fraction=None))
+    assert attack.card.key == copy.key and attack.reused
+    assert defense.card.status == "ok" and defense.reused
     assert runner.load_backdoor(copy)[1].model.num_classes == 10
     with pytest.raises(StoreError, match=r"cannot lock attack/[0-9a-f]+ in .*store: " + os.strerror(number)):
-        runner.attack(dataclasses.replace(spec, seed=12345))
+        runner.run(dataclasses.replace(spec, seed=12345))
     monkeypatch.undo()
     assert snapshot(tmp_path) == before
 
@@ -262,17 +263,17 @@ def test_a_finished_run_is_told_while_another_holds_its_lock(copy: StoredRun, mo
     (store.root / ".locks").mkdir(exist_ok=True)
     runner, experiment = Runner(store), copy.card().experiment()
     with FileLock(store._lock_path("attack", copy.key)):
-        assert runner.attack(experiment) == copy.card() and runner.reused
+        assert runner.run(experiment) == RunResult(copy.card(), reused=True)
 
     def foreign(self: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(FileLock, "_acquire", foreign)
-    assert runner.attack(experiment) == copy.card() and runner.reused
+    assert runner.run(experiment) == RunResult(copy.card(), reused=True)
     assert Results(store).refusals == []
     assert store.clean() == 0
     with pytest.raises(StoreError, match=r"cannot lock attack/.*Permission denied"):
-        runner.attack(experiment, fresh=True)
+        runner.run(experiment, fresh=True)
 
 
 def test_litter_of_file_browsers_is_no_part_of_an_artifact(copy: StoredRun):

@@ -61,6 +61,13 @@ class TestMethod:
             Toy.build(settings)
         assert message in str(caught.value)
 
+    def test_keyword_arguments_are_read_as_settings_are(self) -> None:
+        assert Toy(rate="0.5", size=4.0, on="yes", words=["x"]) == Toy(rate=0.5, size=4, on=True, words=("x",))  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=r"toy: size must be of type int, got 'big'"):
+            Toy(size="big")  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=r"toy: words must be a list of type str, got 5"):
+            Toy(words=5)  # type: ignore[arg-type]
+
     def test_parameters_describe_themselves(self) -> None:
         rate = Toy.parameters()[0]
         assert (rate.name, rate.type, rate.default, rate.range) == ("rate", "float", 0.1, "> 0 and <= 1")
@@ -95,8 +102,8 @@ class TestMethod:
             del sys.modules["typed_in"]
 
     def test_changed_names_what_differs_from_the_defaults(self) -> None:
-        assert Toy().changed() == []
-        assert Toy.build({"rate": "0.1", "mode": "bee", "words": "x"}).changed() == ["mode", "words"]
+        assert Toy().changed() == {}
+        assert Toy.build({"rate": "0.1", "mode": "bee", "words": "x"}).changed() == {"mode": "bee", "words": ("x",)}
 
 
 SOURCE = '''

@@ -4,7 +4,7 @@ Names are imported when they are first used: tables and cards are read without l
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from backdoorlab.benchmark.artifact import StoredRun
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from backdoorlab.benchmark.grid import Grid, GridReport, Stage, plan, run_grid
     from backdoorlab.benchmark.remote import RemoteStore, open_store
     from backdoorlab.benchmark.results import Refusal, Results, rows, table
-    from backdoorlab.benchmark.runner import Runner
-    from backdoorlab.benchmark.spec import Experiment, MethodSpec, attack_key, defense_key
+    from backdoorlab.benchmark.runner import Runner, RunResult
+    from backdoorlab.benchmark.spec import Experiment, MethodSpec, Resolved, attack_key, defense_key, resolve
     from backdoorlab.benchmark.store import Store
 
 __all__ = [
@@ -27,7 +27,9 @@ __all__ = [
     "MethodSpec",
     "Refusal",
     "RemoteStore",
+    "Resolved",
     "Results",
+    "RunResult",
     "Runner",
     "Stage",
     "Store",
@@ -36,6 +38,7 @@ __all__ = [
     "defense_key",
     "open_store",
     "plan",
+    "resolve",
     "rows",
     "run_grid",
     "table",
@@ -50,17 +53,17 @@ _HOME = {
         "grid": ("Grid", "GridReport", "Stage", "plan", "run_grid"),
         "remote": ("RemoteStore", "open_store"),
         "results": ("Refusal", "Results", "rows", "table"),
-        "runner": ("Runner",),
-        "spec": ("Experiment", "MethodSpec", "attack_key", "defense_key"),
+        "runner": ("RunResult", "Runner"),
+        "spec": ("Experiment", "MethodSpec", "Resolved", "attack_key", "defense_key", "resolve"),
         "store": ("Store",),
     }.items()
     for name in names
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = found
-    return found
+    value: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -154,23 +154,23 @@ class StoredRun:
 
     def _object(self, name: str, text: bytes) -> dict[str, Any]:
         try:
-            found = parse_json(text, str(self.path / name))
+            record = parse_json(text, str(self.path / name))
         except ArtifactError:
-            found = None
-        if not isinstance(found, dict):
+            record = None
+        if not isinstance(record, dict):
             raise ArtifactError(f"{self.path / name}: does not hold JSON objects, as artifacts do")
-        return found
+        return record
 
 
 @dataclass(frozen=True)
 class UnreadableRun(StoredRun):
-    """A run of which only is known why it cannot be read.
+    """A run that cannot be read.
 
     Attributes:
-        why: one line.
+        reason: one line.
     """
 
-    why: str = ""
+    reason: str = ""
 
     def card(self) -> Card:
         """There is none.
@@ -178,7 +178,7 @@ class UnreadableRun(StoredRun):
         Raises:
             ArtifactError: always.
         """
-        raise ArtifactError(self.why)
+        raise ArtifactError(self.reason)
 
 
 def _read(path: str) -> bytes:
@@ -196,15 +196,15 @@ def _read(path: str) -> bytes:
             what = f"cannot be read ({error.strerror or error})"
         raise ArtifactError(f"{path}: {what}") from None
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise ArtifactError(f"{path}: not a file; an artifact consists of plain files")
-        if path.endswith(".json") and found.st_size > JSON_BYTES:
-            raise ArtifactError(f"{path}: has {found.st_size:,} bytes; a record may have at most {JSON_BYTES:,}")
+        if path.endswith(".json") and status.st_size > JSON_BYTES:
+            raise ArtifactError(f"{path}: has {status.st_size:,} bytes; a record may have at most {JSON_BYTES:,}")
         with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
             return file.readall()
     except MemoryError:
-        raise ArtifactError(f"{path}: has {found.st_size:,} bytes, for which there is no memory") from None
+        raise ArtifactError(f"{path}: has {status.st_size:,} bytes, for which there is no memory") from None
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from None
     finally:

@@ -26,6 +26,7 @@ from pydantic_core import from_json
 
 from backdoorlab.core.canonical import dump_canonical, jsonable
 from backdoorlab.core.errors import ArtifactError
+from backdoorlab.metrics.result import Metrics
 
 if TYPE_CHECKING:
     from backdoorlab.benchmark.spec import Experiment
@@ -189,20 +190,16 @@ def record_digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(dump_canonical({k: v for k, v in record.items() if k != "digest"}).encode()).hexdigest()
 
 
-def complete(
-    metrics: Mapping[str, Any], reasons: Mapping[str, str], default: str
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Fill in the metrics that every card has and a reason for every null.
+def complete(metrics: Metrics, default: str) -> Metrics:
+    """Fill in the metrics that every card has, and a reason for every null.
 
     Args:
-        metrics: what was measured; a number that is not finite becomes null.
-        reasons: why, for those that are known.
-        default: the reason of all others.
+        metrics: what was measured, with the reasons that are known; a number that is not finite becomes null.
+        default: the reason for all other nulls.
     """
-    given = {name: _finite(jsonable(value)) for name, value in metrics.items()}
-    filled = dict.fromkeys(METRICS) | given
-    why = {name: reasons.get(name, default) for name, value in filled.items() if _has_null(value)}
-    return filled, why
+    filled = dict.fromkeys(METRICS) | {name: _finite(jsonable(value)) for name, value in metrics.items()}
+    nulls = [name for name, value in filled.items() if _has_null(value)]
+    return Metrics(filled, {name: metrics.reasons.get(name, default) for name in nulls})
 
 
 def schema() -> dict[str, Any]:
@@ -226,7 +223,7 @@ def _not_finite(value: Any, path: str = "") -> str | None:
     """Path of the first number that is not finite, or None."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
-        found = _not_finite(inner, f"{path}.{key}".lstrip("."))
-        if found is not None:
-            return found
+        place = _not_finite(inner, f"{path}.{key}".lstrip("."))
+        if place is not None:
+            return place
     return path if isinstance(value, float) and not math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The command line that repeats an experiment; printed on every card."""
+"""The command line that repeats a run; printed on every card."""
 
 from __future__ import annotations
 
@@ -6,49 +6,46 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from backdoorlab.benchmark.spec import Experiment, build_attack, build_defense
-from backdoorlab.core.method import Method
-from backdoorlab.tasks import BaseTask
+from backdoorlab.attacks.base import Attack
+from backdoorlab.benchmark.spec import Experiment, Resolved
+from backdoorlab.defenses.base import Defense
+from backdoorlab.tasks import TaskSpec
 
 
-def attack_command(experiment: Experiment, task: BaseTask) -> str:
-    """``backdoorlab attack ...`` with everything that differs from a default."""
-    spec, dataset = task.spec, task.spec.dataset
-    words = ["backdoorlab", "attack", experiment.attack.name if experiment.attack else "none"]
-    words += ["--dataset", dataset.name, "--model", spec.model, "--recipe", spec.recipe]
+def command_of(resolved: Resolved) -> str:
+    """``backdoorlab attack ...`` or ``backdoorlab defend ... --run KEY`` with everything that differs from a default.
+
+    The card of the run with that key has the command that makes it.
+    """
+    if resolved.defense is not None and resolved.base is not None:
+        return shlex.join(_defense_words(resolved.experiment, resolved.defense, resolved.base.key))
+    return shlex.join(_attack_words(resolved.experiment, resolved.attack, resolved.task.spec))
+
+
+def _attack_words(experiment: Experiment, attack: Attack | None, task: TaskSpec) -> list[str]:
+    words = ["backdoorlab", "attack", attack.name if attack else "none"]
+    words += ["--dataset", task.dataset.name, "--model", task.model, "--recipe", task.recipe]
     for option, value in (
-        ("--size", dataset.size),
-        ("--train-size", dataset.train_size),
-        ("--test-size", dataset.test_size),
+        ("--size", task.dataset.size),
+        ("--train-size", task.dataset.train_size),
+        ("--test-size", task.dataset.test_size),
     ):
         words += [option, str(value)] if value is not None else []
-    words += ["--kind", spec.kind] if spec.kind != "classification" and experiment.attack is None else []
-    words += ["--data-seed", str(dataset.seed)] if dataset.seed else []
-    words += _pairs("--recipe-set", dict(spec.recipe_changes)) + _pairs(
-        "--set", _changed(build_attack(experiment, task))
-    )
+    words += ["--kind", task.kind] if task.kind != "classification" and experiment.attack is None else []
+    words += ["--data-seed", str(task.dataset.seed)] if task.dataset.seed else []
+    words += _pairs("--recipe-set", dict(task.recipe_changes))
+    words += _pairs("--set", attack.changed() if attack else {})
     for kind, key in (experiment.attack.assets if experiment.attack else {}).items():
         words += ["--asset", f"{kind}={key}"]
-    return shlex.join([*words, "--seed", str(experiment.seed)])
+    return [*words, "--seed", str(experiment.seed)]
 
 
-def defense_command(experiment: Experiment, task: BaseTask, parent: str) -> str:
-    """``backdoorlab defend ... --run PARENT``; the parent's card has the command that makes it."""
-    defense = build_defense(experiment, task)
-    assert experiment.defense is not None
-    words = ["backdoorlab", "defend", experiment.defense.name, "--run", parent]
+def _defense_words(experiment: Experiment, defense: Defense, run: str) -> list[str]:
+    words = ["backdoorlab", "defend", defense.name, "--run", run]
     if experiment.clean_fraction is not None:
         words += ["--clean-fraction", f"{experiment.clean_fraction:g}"]
     words += [] if experiment.retrain else ["--no-retrain"]
-    return shlex.join(words + _pairs("--set", _changed(defense)))
-
-
-def _changed(method: Method | None) -> dict[str, Any]:
-    """Hyper-parameters that differ from their defaults."""
-    if method is None:
-        return {}
-    defaults = {p.name: p.default for p in type(method).parameters()}
-    return {k: v for k, v in method.settings().items() if v != defaults[k]}
+    return words + _pairs("--set", defense.changed())
 
 
 def _pairs(option: str, values: Mapping[str, Any]) -> list[str]:

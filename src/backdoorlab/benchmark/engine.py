@@ -15,13 +15,15 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from backdoorlab.benchmark.card import Card
 from backdoorlab.benchmark.remote import open_store
-from backdoorlab.benchmark.runner import Runner
+from backdoorlab.benchmark.runner import Runner, RunResult
 from backdoorlab.benchmark.spec import Experiment
 from backdoorlab.benchmark.store import StoreError
 from backdoorlab.core.errors import BackdoorLabError, InputError
@@ -29,8 +31,11 @@ from backdoorlab.core.errors import BackdoorLabError, InputError
 if TYPE_CHECKING:
     from backdoorlab.benchmark.grid import Stage
 
-Result = tuple[Card, bool] | str
-"""(card, was it in the store already), or why the stage cannot be run."""
+Result = RunResult | str
+"""What running the stage gave, or why it cannot be run."""
+
+_Report = tuple[str, bool] | str
+"""A result as a worker sends it: the card as JSON and whether it was in the store, or why the stage cannot be run."""
 
 _BLOCKED = "not run: what it stands on was refused"
 
@@ -81,7 +86,7 @@ class LocalEngine:
         self, stages: Sequence[Stage], runner: Runner, fresh: bool
     ) -> Generator[tuple[Stage, Result], None, None]:
         spawn = _Spawn()
-        queue = spawn.SimpleQueue()
+        queue: SimpleQueue[str] = spawn.SimpleQueue()
         for device in self.devices:
             queue.put(device)
         threads = max(1, (os.cpu_count() or 1) // len(self.devices))
@@ -92,12 +97,12 @@ class LocalEngine:
         children = {s.index: [c for c in stages if c.parent == s.index] for s in stages}
         pool = ProcessPoolExecutor(len(self.devices), spawn, _start, settings)
 
-        def submit(stage: Stage) -> Future[Any]:
+        def submit(stage: Stage) -> Future[_Report]:
             with _interrupts_held():  # this may start a worker, which inherits it
                 return pool.submit(_work, stage.experiment, fresh)
 
         try:
-            running: dict[Future[Any], Stage] = {submit(s): s for s in stages if s.parent is None}
+            running: dict[Future[_Report], Stage] = {submit(s): s for s in stages if s.parent is None}
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     stage, result = running.pop(future), _received(future)
@@ -145,17 +150,20 @@ def _interrupts_held() -> Iterator[None]:
 
 def _attempt(runner: Runner, experiment: Experiment, fresh: bool) -> Result:
     try:
-        return runner.run(experiment, fresh=fresh), runner.reused
+        return runner.run(experiment, fresh=fresh)
     except StoreError:
         raise  # no further stage could be stored either
     except InputError as error:
         return str(error)
 
 
-_runner: Runner | None = None
+_runner: Runner
+"""Of a worker process; :func:`_start` makes it before any stage arrives."""
 
 
-def _start(lifeline: Connection, queue: Any, store: str, root: Any, download: bool, threads: int) -> None:
+def _start(
+    lifeline: Connection, queue: SimpleQueue[str], store: str, root: str | Path | None, download: bool, threads: int
+) -> None:
     """Make this worker's runner on the next free device, and end with the process that started it.
 
     A worker that has nothing to do waits for work, and would wait for ever once nobody is left to send any.
@@ -180,15 +188,14 @@ def _end_with(lifeline: Connection) -> None:
     os._exit(1)
 
 
-def _work(experiment: Experiment, fresh: bool) -> tuple[str | None, bool, str]:
-    assert _runner is not None
+def _work(experiment: Experiment, fresh: bool) -> _Report:
     result = _attempt(_runner, experiment, fresh)
-    return (None, False, result) if isinstance(result, str) else (result[0].to_json(), result[1], "")
+    return result if isinstance(result, str) else (result.card.to_json(), result.reused)
 
 
-def _received(future: Future[Any]) -> Result:
+def _received(future: Future[_Report]) -> Result:
     try:
-        text, reused, why = future.result()
+        report = future.result()
     except BrokenProcessPool:
         raise BackdoorLabError("a worker process died (out of memory?); run the same command again to go on") from None
-    return why if text is None else (Card.from_json(text), reused)
+    return report if isinstance(report, str) else RunResult(Card.from_json(report[0]), report[1])

@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from backdoorlab.attacks.result import Backdoor
 from backdoorlab.benchmark.export_card import ARRAYS, ROLES, Part, export_card, readme
@@ -66,9 +65,9 @@ def export_run(
     Raises:
         InputError: if the run has no poisoned data, the folder cannot be used, or the format does not suit the data.
     """
-    for kind, given, choices in (("--format", form, FORMATS), ("--only", only, ONLY)):
-        if given not in choices:
-            raise unknown(kind, given, choices)
+    for option, value, choices in (("--format", form, FORMATS), ("--only", only, ONLY)):
+        if value not in choices:
+            raise unknown(option, value, choices)
     place = checked_place(folder, force)
     stored = attack_of(runner, run)
     task, backdoor = runner.load_classification(stored)
@@ -132,21 +131,20 @@ def parts_of(task: Task, backdoor: Backdoor, only: str = "all") -> list[Part]:
     if only == "all":
         roles = torch.full((len(test),), CLEAN, dtype=torch.uint8)
         parts.append(Part("test", test.inputs, test.labels, test.labels, roles, torch.arange(len(test))))
-    stamped, wanted, true = backdoor.triggered_test(task)
+    stamped, desired, true = backdoor.triggered_test(task)
     eligible = backdoor.target_map.eligible(test.labels).nonzero().flatten()
     roles = torch.full((len(eligible),), BACKDOOR, dtype=torch.uint8)
-    return [*parts, Part("test_triggered", stamped, wanted, true, roles, eligible)]
+    return [*parts, Part("test_triggered", stamped, desired, true, roles, eligible)]
 
 
 def _write_folder(draft: Path, part: Part, folders: list[str], sample_rate: int, reporter: Reporter) -> None:
-    assert isinstance(part.inputs, Tensor)
     suffix = SUFFIXES["audio" if sample_rate else "image"]
     names = [f"{part.name}/{n}" for n in sample_names(folders, part.labels, part.indices, suffix)]
-    with closing(write_files(draft, names, part.inputs, sample_rate)) as written:
+    with closing(write_files(draft, names, part.tensor, sample_rate)) as written:
         for _ in reporter.track(written, f"writing {part.name.replace('_', ' ')}", len(names)):
             pass
     if part.name == "test":
-        return  # nothing to tell: the labels are the folders
+        return  # no table: the labels are the folders
     table = draft / ("roles.csv" if part.name == "train" else f"{part.name}.csv")
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -155,9 +153,8 @@ def _write_folder(draft: Path, part: Part, folders: list[str], sample_rate: int,
 
 
 def _write_arrays(path: Path, part: Part, task: Task) -> None:
-    assert isinstance(part.inputs, Tensor)
     tensors = {
-        ARRAYS[task.dataset.modality]: part.inputs.cpu(),
+        ARRAYS[task.dataset.modality]: part.tensor.cpu(),
         "labels": part.labels,
         "true_labels": part.true_labels,
         "roles": part.roles,

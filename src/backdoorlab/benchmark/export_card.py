@@ -1,4 +1,4 @@
-"""What goes into an export, and what is told about it: the tables, ``export.json`` and ``README.md``."""
+"""What goes into an export, and its description: the tables, ``export.json`` and ``README.md``."""
 
 from __future__ import annotations
 
@@ -46,6 +46,17 @@ class Part:
     roles: Tensor
     indices: Tensor
 
+    @property
+    def tensor(self) -> Tensor:
+        """The inputs of images, sound and clips.
+
+        Raises:
+            TypeError: for texts.
+        """
+        if not isinstance(self.inputs, Tensor):
+            raise TypeError(f"{self.name} holds texts, which are no tensor")
+        return self.inputs
+
     def counts(self) -> dict[str, int]:
         """Samples in all and by role."""
         by_role = torch.bincount(self.roles.long(), minlength=len(ROLES)).tolist()
@@ -57,7 +68,7 @@ def export_card(
 ) -> dict[str, Any]:
     """The content of ``export.json``, without the checksums of files that are not written yet."""
     run, modality = stored.card(), task.dataset.modality
-    loads, why = _loads_as(task, parts, form, only)
+    loads, note = _loads_as(task, parts, form, only)
     target = backdoor.target_map
     return {
         "format": FORMAT,
@@ -80,7 +91,7 @@ def export_card(
         "contents": {"format": form, "only": only},
         "counts": {part.name: part.counts() for part in parts},
         "loads_as": loads,
-        "loads_as_note": why,
+        "loads_as_note": note,
     }
 
 
@@ -106,7 +117,7 @@ def readme(card: dict[str, Any]) -> str:
         f"| {part} | " + " | ".join(str(n) for n in by.values()) + " |" for part, by in card["counts"].items()
     )
     arrays, dataset = ARRAYS.get(card["modality"]), visible(card["dataset"]["name"]).replace("`", "'")
-    told = [
+    paragraphs = [
         f"# Poisoned data of {card['run']}",
         f"Attack `{card['attack']}` on `{dataset}`. Poisoned on purpose, for research on defenses: do not train "
         "anything on it that people will rely on.",
@@ -125,7 +136,7 @@ def readme(card: dict[str, Any]) -> str:
         "only as long as nothing is added to it or changed in it.",
         f"Made again by:\n\n    {visible(card['command'])}\n    backdoorlab export {card['run']} --out DIR",
     ]
-    return "\n\n".join(filter(None, told)) + "\n"
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
 _ABOUT_ARRAYS = (

@@ -4,7 +4,7 @@
 replaced only if everything in it is listed there and unchanged, and of the old one only what is listed is deleted.
 
 An export is written to ``.DIR.partial-TOKEN`` beside DIR while the lock file ``.DIR.partial-TOKEN.lock`` is held, so
-that a later export can tell the leftovers of a dead process from the work of a living one.
+that a later export can tell the leftovers of a process that has ended from the work of one that still runs.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def checked_place(folder: Path, force: bool) -> Path:
         raise InputError(
             f"--out: {printable(folder)} is not empty; choose another folder, or replace an export with --force"
         )
-    why = strange(place)
-    if why is not None:
+    difference = foreign_content(place)
+    if difference is not None:
         raise InputError(
-            f"--force: {printable(folder)} {why}; only an unchanged export is replaced, so choose another folder"
+            f"--force: {printable(folder)} {difference}; only an unchanged export is replaced, so choose another folder"
         )
     return place
 
@@ -67,7 +67,7 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def strange(folder: Path) -> str | None:
+def foreign_content(folder: Path) -> str | None:
     """What in a folder is not an export's as it was written, in words that follow the folder's name; None if nothing.
 
     A file that is listed but gone does not count: it cannot be lost any more.
@@ -81,8 +81,8 @@ def strange(folder: Path) -> str | None:
             return f"holds {printable(name)!r}, which is neither a plain file nor a folder"
         for name in sorted(files - sums.keys() - {SUMS}):
             return f"holds {printable(name)!r}, which the export did not write"
-        wanted = {str(parent) for name in sums for parent in Path(name).parents}
-        for name in sorted(folders - wanted):
+        parents = {str(parent) for name in sums for parent in Path(name).parents}
+        for name in sorted(folders - parents):
             return f"holds the folder {printable(name)!r}, which the export did not make"
         for name in sorted(files & sums.keys()):
             if _sha256(folder / name) != sums[name]:
@@ -101,13 +101,13 @@ def read_sums(folder: Path) -> dict[str, str] | None:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError):
         return None
-    found = {}
+    sums = {}
     for line in lines:
         match = _LINE.fullmatch(line)
         if match is None or ".." in match[2].split("/"):
             return None
-        found[match[2]] = match[1]
-    return found
+        sums[match[2]] = match[1]
+    return sums
 
 
 @contextmanager
@@ -123,14 +123,14 @@ def whole_folder(place: Path) -> Iterator[Path]:
     lock: FileLock | None = None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        draft, lock = _own_draft(place)
+        draft, lock = _new_draft(place)
         old = draft.with_name(draft.name.replace(".partial-", ".old-"))
         draft.mkdir()
         yield draft
         if exists(place) and _holds_something(place):
-            why = strange(place)
-            if why is not None:
-                raise InputError(f"{printable(place)} {why}; it was left as it is, and nothing was exported")
+            difference = foreign_content(place)
+            if difference is not None:
+                raise InputError(f"{printable(place)} {difference}; it was left as it is, and nothing was exported")
         if exists(place):
             place.rename(old)
         try:
@@ -160,7 +160,10 @@ def remove_leftovers(place: Path) -> int:
     """
     pattern = re.compile(rf"\.{re.escape(place.name[:_NAME])}\.(partial|old)-([0-9a-f]{{8}})(\.lock)?")
     tokens = set()
-    with suppress(OSError), os.scandir(place.parent) as entries:  # a folder that cannot be read is told when written to
+    with (
+        suppress(OSError),
+        os.scandir(place.parent) as entries,
+    ):  # a folder that cannot be read gives an error when it is written to
         for entry in entries:
             match = pattern.fullmatch(entry.name)
             if match and not entry.is_symlink() and entry.is_dir() != bool(match[3]):
@@ -202,7 +205,7 @@ def remove_listed(folder: Path) -> None:
         folder.rmdir()
 
 
-def _own_draft(place: Path) -> tuple[Path, FileLock]:
+def _new_draft(place: Path) -> tuple[Path, FileLock]:
     """A name that no other process uses, and its lock, held."""
     while True:
         draft = place.with_name(f".{place.name[:_NAME]}.partial-{secrets.token_hex(4)}")
@@ -211,7 +214,7 @@ def _own_draft(place: Path) -> tuple[Path, FileLock]:
             lock.acquire(timeout=0)
         except Timeout:
             continue
-        if exists(Path(lock.lock_file)):  # else another export took it for a dead one's in this very moment
+        if exists(Path(lock.lock_file)):  # else another export has just removed it as a leftover
             return draft, lock
         lock.release()
 
@@ -238,15 +241,15 @@ def _files(folder: Path) -> tuple[set[str], set[str], set[str]]:
     files: set[str] = set()
     folders: set[str] = set()
     others: set[str] = set()
-    waiting = [""]
-    while waiting:
-        above = waiting.pop()
+    pending = [""]
+    while pending:
+        above = pending.pop()
         with os.scandir(folder / above) as entries:
             for entry in entries:
                 name = f"{above}{entry.name}"
                 if entry.is_dir(follow_symlinks=False):
                     folders.add(name)
-                    waiting.append(f"{name}/")
+                    pending.append(f"{name}/")
                 else:
                     (files if entry.is_file(follow_symlinks=False) else others).add(name)
     return files, folders, others

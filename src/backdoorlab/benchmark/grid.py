@@ -30,14 +30,13 @@ from backdoorlab.attacks.base import attacks
 from backdoorlab.benchmark.card import Card
 from backdoorlab.benchmark.engine import Engine, LocalEngine
 from backdoorlab.benchmark.runner import Runner
-from backdoorlab.benchmark.spec import Experiment, MethodSpec, canonical
-from backdoorlab.core.canonical import MAX_SEED
+from backdoorlab.benchmark.spec import Experiment, MethodSpec, task_spec
+from backdoorlab.core.canonical import MAX_SEED, canonical
 from backdoorlab.core.errors import InputError, nearest
 from backdoorlab.core.excerpt import brief, shown
 from backdoorlab.core.paths import printable, read_bytes
 from backdoorlab.core.records import YAML_BYTES, parse_yaml
 from backdoorlab.core.registry import Registry
-from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.defenses.base import defenses
 from backdoorlab.tasks import TaskSpec, kinds
 
@@ -145,17 +144,16 @@ class Grid:
         count = len(self.tasks) * len(self.seeds) * (1 + len(self.attacks)) * (1 + len(self.defenses))
         if count > MOST_STAGES:
             raise InputError(f"a grid of {count:,} stages; expected at most {MOST_STAGES:,}")
-        modalities = [_modalities(task) for task in self.tasks]
-        wanted = {m for served in modalities for m in served}
+        modalities = {modality for task in self.tasks for modality in _modalities(task)}
         for registry, methods in ((attacks, self.attacks), (defenses, self.defenses)):
             for method in methods:
-                _check_method(registry, method, wanted)
+                _check_method(registry, method, modalities)
 
 
 def plan(grid: Grid) -> list[Stage]:
     """All stages, each after the one that it stands on; equal experiments appear once."""
     stages: list[Stage] = []
-    seen: set[str] = set()
+    planned: set[str] = set()
     for task in grid.tasks:
         served = _modalities(task)
         planting = [None, *(a for a in grid.attacks if _serves(attacks, a, served))]
@@ -163,17 +161,17 @@ def plan(grid: Grid) -> list[Stage]:
         for seed in grid.seeds:
             for attack in planting:
                 base = Experiment(task=task, attack=attack, seed=seed)
-                if (text := canonical(base.to_json())) in seen:
+                if (text := canonical(base.to_json())) in planned:
                     continue
-                seen.add(text)
+                planned.add(text)
                 parent = Stage(len(stages), base, None)
                 stages.append(parent)
                 for defense in defending:
                     cell = dataclasses.replace(
                         base, defense=defense, clean_fraction=grid.clean_fraction, retrain=grid.retrain
                     )
-                    if (text := canonical(cell.to_json())) not in seen:
-                        seen.add(text)
+                    if (text := canonical(cell.to_json())) not in planned:
+                        planned.add(text)
                         stages.append(Stage(len(stages), cell, parent.index))
     return stages
 
@@ -190,7 +188,7 @@ def run_grid(
         grid: what to run.
         runner: its store receives the cards.
         resume: reuse what the store has; False computes everything again.
-        on_card: told of every card as it arrives.
+        on_card: called with every card as it arrives.
         engine: who executes the stages; None runs them in this process.
 
     Raises:
@@ -204,12 +202,11 @@ def run_grid(
             if isinstance(result, str):
                 report.refused.append((stage, result))
                 continue
-            card, reused = result
-            report.cards[stage.index] = card
-            if reused:
+            report.cards[stage.index] = result.card
+            if result.reused:
                 report.reused.add(stage.index)
             if on_card is not None:
-                on_card(stage, card, reused)
+                on_card(stage, result.card, result.reused)
     return report
 
 
@@ -241,11 +238,7 @@ class _Task(_Strict):
     kind: str = "classification"
 
     def spec(self) -> TaskSpec:
-        data = DatasetSpec(
-            name=self.dataset, size=self.size, train_size=self.train_size, test_size=self.test_size, seed=self.data_seed
-        )
-        changes = tuple(sorted(kinds.get(self.kind).recipe_changes(self.recipe_changes)))
-        return TaskSpec(dataset=data, model=self.model, recipe=self.recipe, recipe_changes=changes, kind=self.kind)
+        return task_spec(**dict(self))
 
 
 _Methods = Annotated[list[Annotated[_Method, BeforeValidator(_as_method)]], Field(min_length=1)]
@@ -299,10 +292,10 @@ def _serves(registry: Registry[Any], method: MethodSpec, modalities: tuple[str, 
     return any(method.name in registry.names(modality) for modality in modalities)
 
 
-def _check_method(registry: Registry[Any], method: MethodSpec, wanted: set[str]) -> None:
-    served = [m for m in sorted(wanted) if method.name in registry.names(m)]
+def _check_method(registry: Registry[Any], method: MethodSpec, modalities: set[str]) -> None:
+    served = [m for m in sorted(modalities) if method.name in registry.names(m)]
     if not served:
         registry.get(method.name)  # an unknown name
-        registry.get(method.name, sorted(wanted)[0])  # a modality that it does not serve
+        registry.get(method.name, min(modalities))  # a modality that it does not serve
     for modality in served:
         registry.get(method.name, modality).build(method.settings)

@@ -21,7 +21,8 @@ import torch
 
 import backdoorlab
 from backdoorlab.benchmark.card import Card
-from backdoorlab.benchmark.spec import CONTRACT, canonical
+from backdoorlab.benchmark.spec import CONTRACT
+from backdoorlab.core.canonical import canonical
 from backdoorlab.core.instructions import onednn_limit
 from backdoorlab.training.context import fast_bf16
 
@@ -131,13 +132,13 @@ def _processor() -> str:
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of the library, Python and the packages that make the numbers (those that are installed)."""
-    found = {"backdoorlab": backdoorlab.__version__, "python": platform.python_version()}
+    installed = {"backdoorlab": backdoorlab.__version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 @functools.cache

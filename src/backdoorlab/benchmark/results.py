@@ -67,7 +67,6 @@ _LEADING = (
 _TRAILING = ("seconds", "peak_memory_mb", "created", "command", "parent")
 _INTEGER = ("seed", "train_size", "size", "target")
 _FIXED = frozenset((*_LEADING, *_TRAILING)) - frozenset(METRICS)
-_UNSET: Any = object()
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def _tabulated(card: Card) -> tuple[dict[str, Any], list[_Used]]:
     """A row without settings, and the methods that they belong to."""
     try:
         record = _flat(card)
-        used = [found for kind in ("attack", "defense") if (found := _Used.of(card, kind)) is not None]
+        used = [method for kind in ("attack", "defense") if (method := _Used.of(card, kind)) is not None]
     except KeyError as error:
         raise ArtifactError(f"cannot be tabulated: its spec or metrics lack {error}") from None
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
@@ -210,13 +209,13 @@ def _tabulated(card: Card) -> tuple[dict[str, Any], list[_Used]]:
     for column, value in record.items():
         if value is None:
             continue
-        kind, given = _KINDS.get(column, "DOUBLE"), type(value)
+        kind = _KINDS.get(column, "DOUBLE")
         if kind == "VARCHAR":
-            fits = given is str and "\0" not in value
+            fits = type(value) is str and "\0" not in value
         elif kind == "BIGINT":
-            fits = given is int and -(2**63) <= value < 2**63
+            fits = type(value) is int and -(2**63) <= value < 2**63
         else:
-            fits = given is float or (given is int and abs(value) < 2**1023)
+            fits = type(value) is float or (type(value) is int and abs(value) < 2**1023)
         if not fits:
             raise ArtifactError(f"cannot be tabulated: {column} must be {_WORDS[kind]}, got {str(value)[:60]!r}")
     return record, used
@@ -285,8 +284,8 @@ class _Used:
 
     def unlike(self, defaults: dict[str, Any]) -> str:
         """Those that differ from these defaults, or are not among them, as JSON."""
-        found = {k: v for k, v in self.settings.items() if defaults.get(k, _UNSET) != v}
-        return json.dumps(found, sort_keys=True) if found else "{}"
+        different = {k: v for k, v in self.settings.items() if k not in defaults or defaults[k] != v}
+        return json.dumps(different, sort_keys=True) if different else "{}"
 
 
 def _set_changes(records: list[dict[str, Any]], used: Sequence[Sequence[_Used]]) -> None:
@@ -311,10 +310,11 @@ def _set_changes(records: list[dict[str, Any]], used: Sequence[Sequence[_Used]])
 @functools.cache
 def _installed_defaults(kind: str, name: str) -> dict[str, Any]:
     """Defaults of a method of this installation; empty if it has none of that name. Imports all methods."""
-    from backdoorlab.attacks.base import attacks
-    from backdoorlab.defenses.base import defenses
+    from backdoorlab.attacks.base import Attack, attacks
+    from backdoorlab.core.registry import Registry
+    from backdoorlab.defenses.base import Defense, defenses
 
-    registry: Any = attacks if kind == "attack" else defenses
+    registry: Registry[Attack] | Registry[Defense] = attacks if kind == "attack" else defenses
     if name not in registry.names():
         return {}
     return {p.name: json.loads(json.dumps(p.default)) for p in registry.get(name).parameters()}

@@ -10,34 +10,29 @@ A run whose card is "ok" or "not_applicable" is never repeated; a failed one is.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from backdoorlab.attacks.base import attacks, restore_backdoor
+from backdoorlab.attacks.base import Attack, attacks, restore_backdoor
 from backdoorlab.attacks.result import Backdoor, Planted
-from backdoorlab.benchmark.card import Card
-from backdoorlab.benchmark.commands import attack_command, defense_command
-from backdoorlab.benchmark.measure import Measured, Victim, finish, measure_outcome
+from backdoorlab.benchmark.card import Card, complete
+from backdoorlab.benchmark.commands import command_of
+from backdoorlab.benchmark.measure import Measured, Victim, finish, run_defense
 from backdoorlab.benchmark.meter import Meter, environment
-from backdoorlab.benchmark.spec import (
-    Experiment,
-    MethodSpec,
-    build_attack,
-    build_defense,
-    changed_settings,
-    resolve,
-    stage_key,
-)
-from backdoorlab.benchmark.store import OwnAssets, Store, StoredRun
+from backdoorlab.benchmark.spec import Experiment, MethodSpec, Resolved, data_digest, resolve
+from backdoorlab.benchmark.store import Store, StoredRun, UserAssets
 from backdoorlab.core.errors import ArtifactError, BackdoorLabError, InputError, NotApplicable
 from backdoorlab.core.seeding import derive_seed
 from backdoorlab.data.split import clean_indices
-from backdoorlab.defenses.base import defenses
-from backdoorlab.models.classifier import Classifier
+from backdoorlab.defenses.base import Defense, defenses
+from backdoorlab.metrics.result import Metrics
 from backdoorlab.models.persistence import State, StoredModel, restore_model
 from backdoorlab.tasks import BaseTask, Task, TaskSpec, load_task
 from backdoorlab.training.context import Context, Reporter, Silent
@@ -46,13 +41,41 @@ DONE = ("ok", "not_applicable")
 _KEPT_TASKS = 2
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """What running an experiment gave.
+
+    Attributes:
+        card: of the experiment's own stage.
+        reused: whether that card was in the store already.
+        base: the attack (or benign) stage that a defense stands on, as it was run or found for it; None for such a
+            stage itself, and where the defense was in the store, so that its base was not looked at.
+    """
+
+    card: Card
+    reused: bool
+    base: RunResult | None = None
+
+
+@dataclass
+class _Work:
+    """What the work of a stage is done with.
+
+    Attributes:
+        meter: takes the time of each part.
+        warnings: what the methods warned of, for the card.
+    """
+
+    meter: Meter
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+
 class Runner:
     """Runs experiments against a store, one at a time.
 
     Attributes:
         store: where results are looked up and kept.
         device: where models and batches live.
-        reused: whether the card returned last was in the store already.
     """
 
     def __init__(
@@ -65,7 +88,7 @@ class Runner:
         download: bool = False,
     ) -> None:
         self.store, self.device, self.reporter = store, torch.device(device), reporter or Silent()
-        self.root, self.download, self.reused = root, download, False
+        self.root, self.download = root, download
         self._assets = store.assets(self.reporter)
         self._tasks: dict[TaskSpec, BaseTask] = {}
 
@@ -77,93 +100,46 @@ class Runner:
             self._tasks[spec] = load_task(spec, root=self.root, download=self.download)
         return self._tasks[spec]
 
-    def keys(self, experiment: Experiment) -> tuple[str, str | None]:
-        """Keys of the attack (or benign) stage and, if there is a defense, of the defense stage."""
-        task = self.task(experiment.task)
-        base = stage_key(resolve(experiment.undefended(), task))
-        return base, stage_key(resolve(experiment, task)) if experiment.defense else None
+    def resolve(self, experiment: Experiment) -> Resolved:
+        """Load the task, build the methods, fill in the defaults and compute the keys.
 
-    def run(self, experiment: Experiment, *, fresh: bool = False) -> Card:
-        """:meth:`defense` if the experiment has one, else :meth:`attack`."""
-        return (self.defense if experiment.defense else self.attack)(experiment, fresh=fresh)
+        Raises:
+            InputError: if the experiment cannot be run as it is written.
+        """
+        return resolve(experiment, self.task(experiment.task))
 
-    def attack(self, experiment: Experiment, *, fresh: bool = False) -> Card:
-        """Plant the backdoor (attack None: train the benign model), measure it, store it.
+    def run(self, experiment: Experiment | Resolved, *, fresh: bool = False) -> RunResult:
+        """Plant the backdoor, train the benign model, or apply the defense; measure and store.
+
+        A defense's attack (or benign) stage is run first if the store lacks it.
 
         Args:
-            experiment: its defense, if any, is ignored.
-            fresh: do the work again even if it was done before.
+            experiment: what to run, resolved or not.
+            fresh: do the work of its own stage (not of what a defense stands on) again even if it was done before.
 
         Returns:
-            The card; an existing one if the work was done before.
+            The card, an existing one if the work was done before.
 
         Raises:
             InputError: if the experiment cannot be run as it is written; nothing is stored.
         """
-        experiment = experiment.undefended()
-        task = self.task(experiment.task)
-        spec = resolve(experiment, task)
-        stage = "attack" if experiment.attack else "benign"
-        if not fresh and (stored := self._stored(stage, stage_key(spec))):
-            return stored
-        attack, ctx = build_attack(experiment, task), self._context(experiment, "attack")
+        resolved = self.resolve(experiment) if isinstance(experiment, Experiment) else experiment
+        if not fresh and (stored := self._stored(resolved)) is not None:
+            return RunResult(stored, reused=True)
+        if resolved.defense is not None and resolved.base is not None:
+            base = self.run(resolved.base)
+            defend = functools.partial(self._defend, resolved, resolved.defense, base.card)
+            return dataclasses.replace(self._execute(resolved, defend, fresh, (base.card,)), base=base)
+        if resolved.attack is None:
+            return self._execute(resolved, functools.partial(self._train_benign, resolved), fresh)
+        return self._execute(resolved, functools.partial(self._plant, resolved, resolved.attack), fresh)
 
-        def work(meter: Meter) -> Measured:
-            return self._benign(task, ctx, meter) if attack is None else self._plant(attack.run, task, ctx, meter)
-
-        return self._stage(stage, experiment, spec, task, work, [], attack_command(experiment, task), fresh)
-
-    def defense(self, experiment: Experiment, *, fresh: bool = False) -> Card:
-        """Run the stage that the defense stands on if it is missing, then the defense; measure and store.
-
-        Args:
-            experiment: with a defense.
-            fresh: do the defense (not what it stands on) again even if it was done before.
-
-        Raises:
-            InputError: as :meth:`attack`.
-        """
-        task = self.task(experiment.task)
-        if experiment.defense is None:
-            raise InputError("this experiment has no defense; use Runner.attack")
-        spec = resolve(experiment, task)
-        if not fresh and (stored := self._stored("defense", stage_key(spec))):
-            return stored
-        defense = build_defense(experiment, task)
-        assert defense is not None
-        before = self.attack(experiment)
-        filled = Experiment.from_json(spec)
-
-        def work(meter: Meter) -> Measured:
-            if before.status != "ok":
-                error = NotApplicable if before.status == "not_applicable" else BackdoorLabError
-                raise error(f"{before.id} has status {before.status}: {before.reason}")
-            with meter.part("load"):
-                victim = self._victim(before, task)
-            rows = clean_indices(task.train.labels, task.num_classes, filled.clean_fraction or 0.0, experiment.seed)
-            retraining = self._context(experiment, "retrain") if filled.retrain else None
-            ctx = self._context(experiment, "defense")
-            with meter.part("defense"):
-                outcome = defense.apply(victim.view(task.train[rows], defense.reads), ctx)
-            measured = measure_outcome(outcome, victim, retraining, meter)
-            measured.tensors["clean"] = {"indices": rows}
-            measured.metrics = {**measured.metrics, "n_defender": len(rows)}
-            if getattr(getattr(victim.backdoor, "poison", None), "replay", False) and "suspicious" in defense.reads:
-                measured.notes["replay"] = True
-            if told := [*ctx.warnings, *(retraining.warnings if retraining else ())]:
-                measured.notes["warnings"] = told
-            measured.metrics, measured.reasons = finish(measured.metrics, measured.reasons, victim)
-            return measured
-
-        command = defense_command(experiment, task, before.key)
-        return self._stage("defense", experiment, spec, task, work, [before.id], command, fresh)
-
-    def keep_asset(self, kind: str, given: str | Path) -> str:
+    def keep_asset(self, kind: str, source: str | Path) -> str:
         """Copy a user's file into the store, so that runs made with it can be repeated without it.
 
         Args:
             kind: of the asset that it replaces, such as "clean-surrogate".
-            given: a safetensors file with the tensors of such an asset, or the key of one that was kept before.
+            source: a safetensors file with the tensors of such an asset, or the key of one that was kept before.
 
         Returns:
             Its key, for :attr:`MethodSpec.assets`.
@@ -171,7 +147,7 @@ class Runner:
         Raises:
             InputError: if there is no such file or key, or it is no safetensors file.
         """
-        return self.store.keep_own(kind, given)
+        return self.store.keep_file(kind, source)
 
     def load_backdoor(self, run: Card | StoredRun | str) -> tuple[BaseTask, Planted]:
         """Task and backdoor of a stored attack, or of the attack behind a stored defense.
@@ -180,15 +156,15 @@ class Runner:
             ArtifactError: if the artifact, or the data that it was made from, changed since.
             InputError: for a benign run.
         """
-        found = self._base(run)
-        card = self._ok(found)
+        stored = self._base(run)
+        card = self._ok(stored)
         if card.stage == "benign":
-            raise InputError(f"{found.id} is a benign model: it has no backdoor")
+            raise InputError(f"{stored.id} is a benign model: it has no backdoor")
         task = self.task(card.experiment().task)
-        if resolve(card.experiment(), task)["resolved"]["data"] != card.spec["resolved"]["data"]:
-            raise ArtifactError(f"{found.id} was made from other data than {task.dataset.name} holds now")
-        with found.rebuilding():
-            backdoor = restore_backdoor((found.all_tensors(), found.record()), self.device)
+        if data_digest(task) != card.spec["resolved"]["data"]:
+            raise ArtifactError(f"{stored.id} was made from other data than {task.dataset.name} holds now")
+        with stored.rebuilding():
+            backdoor = restore_backdoor((stored.all_tensors(), stored.record()), self.device)
             backdoor.try_on(task)
             return task, backdoor
 
@@ -209,15 +185,16 @@ class Runner:
         Raises:
             InputError: for a defense that leaves the model as it is (input, model, dataset without retraining).
         """
-        found = self._find(run)
-        card = self._ok(found)
+        stored = self._find(run)
+        card = self._ok(stored)
         if "model.safetensors" not in card.digests:
-            raise InputError(f"{found.id} left the model as it was; load {card.parents[0]} instead")
-        record = found.record()
-        with found.rebuilding():
+            raise InputError(f"{stored.id} left the model as it was; load {card.parents[0]} instead")
+        record = stored.record()
+        with stored.rebuilding():
             if "backdoor" in record:
-                return restore_backdoor((found.all_tensors(), record), self.device).model
-            return self._model((found.all_tensors(), record))
+                model: StoredModel = restore_backdoor((stored.all_tensors(), record), self.device).model
+                return model
+            return self._model((stored.all_tensors(), record))
 
     def _model(self, state: State) -> StoredModel:
         """A stored model; the classes of models that methods bring are known once the methods are."""
@@ -237,11 +214,11 @@ class Runner:
 
     def _base(self, run: Card | StoredRun | str) -> StoredRun:
         """The attack or benign run behind a run."""
-        found = self._find(run)
-        if found.stage != "defense":
-            return found
-        stage, _, key = found.card().parents[0].partition("/")
-        return StoredRun(stage, key, found.path.parent.parent / stage / key)
+        stored = self._find(run)
+        if stored.stage != "defense":
+            return stored
+        stage, _, key = stored.card().parents[0].partition("/")
+        return StoredRun(stage, key, stored.path.parent.parent / stage / key)
 
     def _ok(self, run: StoredRun) -> Card:
         card = run.card()
@@ -249,92 +226,92 @@ class Runner:
             raise InputError(f"{run.id} has nothing to load; its status is {card.status}: {card.reason}")
         return card
 
-    def _context(self, experiment: Experiment, name: str) -> Context:
-        own = experiment.attack.assets if experiment.attack else {}
-        assets = OwnAssets(self._assets, {kind: self.store.own(kind, key) for kind, key in own.items()})
-        return Context(derive_seed(experiment.seed, name), self.device, self.reporter, assets)
+    def _context(self, experiment: Experiment, name: str, warnings: list[str]) -> Context:
+        keys = experiment.attack.assets if experiment.attack else {}
+        assets = UserAssets(self._assets, {kind: self.store.file(kind, key) for kind, key in keys.items()})
+        return Context(derive_seed(experiment.seed, name), self.device, self.reporter, assets, warnings)
 
-    def _plant(self, plant: Callable[[Any, Context], Planted], task: BaseTask, ctx: Context, meter: Meter) -> Measured:
-        with meter.part("attack"):
-            planted = plant(task, ctx)
+    def _plant(self, resolved: Resolved, attack: Attack, work: _Work) -> Measured:
+        task, ctx = resolved.task, self._context(resolved.experiment, "attack", work.warnings)
+        with work.meter.part("attack"):
+            planted = attack.run(task, ctx)
         tensors, record = state = planted.stored()
-        with meter.part("measure"):  # as it comes back from the store, so that the artifact reproduces its numbers
+        with work.meter.part("measure"):  # as it comes back from the store, so that the artifact reproduces its numbers
             backdoor = restore_backdoor(state, self.device)
-            measured = backdoor.measure(task, ctx.child("measure"))
-            seen = backdoor.visibility(task)
-        metrics, reasons = finish(measured, {}, None)
-        reasons |= {
-            k: measured.reasons.get(k, "no test samples to measure it on") for k in ("asr", "ra") if k in reasons
-        }
-        told = {"warnings": list(ctx.warnings)} if ctx.warnings else {}
-        notes = dict(planted.notes) | planted.log.notes() | seen | told
-        if getattr(getattr(planted, "poison", None), "replay", False):
+            metrics = backdoor.measure(task, ctx.child("measure"))
+            visibility = backdoor.visibility(task)
+        notes = dict(planted.notes) | planted.log.notes() | visibility
+        if isinstance(planted, Backdoor) and planted.poison.replay:
             notes["replay"] = True
-        return Measured(metrics, reasons, tensors, record, planted.log.rows(), notes)
+        metrics = finish(metrics, attacked=True, defended=False)
+        return Measured(metrics, tensors, record, planted.log.rows(), notes)
 
-    def _benign(self, task: BaseTask, ctx: Context, meter: Meter) -> Measured:
-        with meter.part("attack"):
+    def _train_benign(self, resolved: Resolved, work: _Work) -> Measured:
+        task, ctx = resolved.task, self._context(resolved.experiment, "attack", work.warnings)
+        with work.meter.part("attack"):
             model, log = task.train_benign(ctx)
         tensors, record = state = model.state()
-        with meter.part("measure"):
-            measured = task.measure_benign(restore_model(state, self.device), ctx.child("measure"))
-        metrics, reasons = finish(measured, {}, None)
-        told = {"warnings": list(ctx.warnings)} if ctx.warnings else {}
-        return Measured(metrics, reasons, tensors, record, log.rows(), log.notes() | told)
+        with work.meter.part("measure"):
+            metrics = task.measure_benign(restore_model(state, self.device), ctx.child("measure"))
+        metrics = finish(metrics, attacked=False, defended=False)
+        return Measured(metrics, tensors, record, log.rows(), log.notes())
 
-    def _victim(self, before: Card, task: BaseTask) -> Victim:
-        run = self.store.run(before.stage, before.key)
+    def _defend(self, resolved: Resolved, defense: Defense, base: Card, work: _Work) -> Measured:
+        if base.status != "ok":
+            error = NotApplicable if base.status == "not_applicable" else BackdoorLabError
+            raise error(f"{base.id} has status {base.status}: {base.reason}")
+        task, experiment = resolved.task, resolved.experiment
+        with work.meter.part("load"):
+            victim = self._victim(base, task)
+        rows = clean_indices(task.train.labels, task.num_classes, resolved.clean_fraction, experiment.seed)
+        ctx = self._context(experiment, "defense", work.warnings)
+        retraining = self._context(experiment, "retrain", work.warnings) if resolved.retrain else None
+        return run_defense(defense, victim, rows, ctx, retraining, work.meter)
+
+    def _victim(self, base: Card, task: BaseTask) -> Victim:
+        run = self.store.run(base.stage, base.key)
         tensors, record = run.all_tensors(), run.record()
         with run.rebuilding():
             backdoor = restore_backdoor((tensors, record), self.device) if "backdoor" in record else None
             model = backdoor.model if backdoor else self._model((tensors, record))
-        measuring = Context(derive_seed(before.spec["seed"], "attack"), self.device, self.reporter, self._assets)
-        # A defense asks for what it reads; the parts of a classification are missed by none that serves another kind.
-        known = cast(Task, task), cast(Classifier, model), cast(Backdoor | None, backdoor)
-        return Victim(*known, before.stage == "attack", before.metrics, measuring.child("measure"))
+        measuring = Context(derive_seed(base.spec["seed"], "attack"), self.device, self.reporter, self._assets)
+        return Victim(task, model, backdoor, base.stage == "attack", base.metrics, measuring.child("measure"))
 
-    def _stored(self, stage: str, key: str) -> Card | None:
+    def _stored(self, resolved: Resolved) -> Card | None:
         """The card of a run that need not be repeated; no lock is taken, so that it may be anybody's to write."""
-        run = self.store.run(stage, key)
-        card = run.card() if self.store.has(stage, key) else None
-        self.reused = card is not None and card.status in DONE
-        return card if self.reused else None
+        run = self.store.run(resolved.stage, resolved.key)
+        card = run.card() if self.store.has(resolved.stage, resolved.key) else None
+        return card if card is not None and card.status in DONE else None
 
-    def _stage(
-        self,
-        stage: str,
-        experiment: Experiment,
-        spec: dict[str, Any],
-        task: BaseTask,
-        work: Callable[[Meter], Measured],
-        parents: list[str],
-        command: str,
-        fresh: bool,
-    ) -> Card:
-        """Do the work of a key unless another process did it meanwhile, and store what came of it."""
-        key = stage_key(spec)
-        with self.store.lock(stage, key, self.reporter):
-            if not fresh and (stored := self._stored(stage, key)):
-                return stored
-            self.reused = False
-            meter, reason, status = Meter(self.device), None, "ok"
+    def _execute(
+        self, resolved: Resolved, do: Callable[[_Work], Measured], fresh: bool, parents: tuple[Card, ...] = ()
+    ) -> RunResult:
+        """Do the work of a key unless another process did it meanwhile, and store the result."""
+        with self.store.lock(resolved.stage, resolved.key, self.reporter):
+            if not fresh and (stored := self._stored(resolved)) is not None:
+                return RunResult(stored, reused=True)
+            work, reason, status = _Work(Meter(self.device)), None, "ok"
             try:
-                outcome = work(meter)
+                measured = do(work)
             except InputError:
                 raise
             except Exception as error:
-                status, reason, outcome = _failure(error)
-            if outcome.record:  # a checkpoint names its classes without the data set that they come from
-                outcome.record["classes"] = list(task.dataset.train.classes)
+                status, reason, measured = _failure(error)
+            if work.warnings:
+                measured.notes["warnings"] = list(work.warnings)
+            if measured.record:  # a checkpoint names its classes without the data set that they come from
+                measured.record["classes"] = list(resolved.task.dataset.train.classes)
             card = Card.model_validate(
-                {"stage": stage, "key": key, "status": status, "reason": reason, "spec": spec, "parents": parents}
-                | {"metrics": outcome.metrics, "null_reasons": outcome.reasons, "notes": outcome.notes}
-                | {"modality": task.methods, "changed": changed_settings(experiment, task)}
-                | {"command": command}
-                | meter.fields()
+                {"stage": resolved.stage, "key": resolved.key, "status": status, "reason": reason}
+                | {"spec": resolved.spec, "parents": [parent.id for parent in parents]}
+                | {"metrics": dict(measured.metrics), "null_reasons": dict(measured.metrics.reasons)}
+                | {"notes": measured.notes, "modality": resolved.task.methods, "changed": resolved.changed}
+                | {"command": command_of(resolved)}
+                | work.meter.fields()
                 | environment(self.device)
             )
-            return self.store.save(card, outcome.tensors, outcome.record, outcome.log).card()
+            saved = self.store.save(card, measured.tensors, measured.record, measured.log)
+            return RunResult(saved.card(), reused=False)
 
 
 def _failure(error: Exception) -> tuple[str, str, Measured]:
@@ -346,5 +323,5 @@ def _failure(error: Exception) -> tuple[str, str, Measured]:
         last = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {reason[:500]} ({Path(last.filename).name}:{last.lineno})"
         log = [{"traceback": "".join(traceback.format_exception(error))}]
-    metrics, reasons = finish({}, {}, None)
-    return status, reason, Measured(metrics, dict.fromkeys(reasons, f"{status}: {reason}"), log=log)
+    metrics = complete(Metrics({}), f"{status}: {reason}")
+    return status, reason, Measured(metrics, log=log)

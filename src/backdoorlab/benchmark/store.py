@@ -1,4 +1,4 @@
-"""The artifact store: a folder of ``stage/key/`` folders, each whole or absent, each verified before it is believed.
+"""The artifact store: a folder of ``stage/key/`` folders, each whole or absent, each verified before it is used.
 
     <root>/attack/<key>/    card.json record.json model.safetensors trigger.safetensors poison.safetensors log.jsonl
     <root>/benign/<key>/    <root>/defense/<key>/    <root>/asset/<kind>/<key>/
@@ -9,7 +9,7 @@ renamed: a crash at any moment leaves the whole artifact or none. ``card.json`` 
 carries one of its own. Reading checks them, and refuses whatever a writer of this module would not have written
 (unknown files, links, pickles, other schema versions) with one line that names the file. Nothing is ever unpickled.
 
-Opening and reading a store changes nothing in it and needs no permission to write. What dead writers left behind is
+Opening and reading a store changes nothing in it and needs no permission to write. What writers that have ended left is
 removed when something is written: only temporary folders that a writer of this module would have made, in the store's
 own stage folders, never through links, and only while the lock of their key is free.
 """
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from backdoorlab.training.context import Assets, Reporter
 
-__all__ = ["STAGES", "OwnAssets", "Store", "StoreError", "StoredAssets", "StoredRun", "UnreadableRun"]
+__all__ = ["STAGES", "Store", "StoreError", "StoredAssets", "StoredRun", "UnreadableRun", "UserAssets"]
 
 STAGES = ("benign", "attack", "defense")
 
@@ -96,7 +96,7 @@ class Store:
         Raises:
             StoreError: if a stage's folder cannot be listed.
         """
-        found = []
+        entries = []
         for stage in stages or STAGES:
             folder = self.root / stage
             for entry in _entries(folder):
@@ -106,8 +106,8 @@ class Store:
                     changed = entry.stat(follow_symlinks=False).st_mtime_ns
                 except OSError:
                     continue  # it was removed meanwhile
-                found.append((changed, stage, entry.name, folder))
-        return [StoredRun(stage, name, folder / name) for _, stage, name, folder in sorted(found)]
+                entries.append((changed, stage, entry.name, folder))
+        return [StoredRun(stage, name, folder / name) for _, stage, name, folder in sorted(entries)]
 
     def find(self, name: str | Path) -> StoredRun:
         """A run by the beginning of its key, by stage/key, or by the path of its folder.
@@ -189,7 +189,7 @@ class Store:
 
     @contextmanager
     def lock(self, stage: str, key: str, reporter: Reporter | None = None) -> Iterator[None]:
-        """Only one process computes a key; others wait here, then find it done. Leftovers of the dead are removed.
+        """Only one process computes a key; others wait here, then find it done. Leftovers are removed.
 
         Raises:
             StoreError: if the store cannot be written.
@@ -216,19 +216,19 @@ class Store:
             lock.release()
 
     def clean(self) -> int:
-        """Remove temporary folders whose writer is dead (its lock is free); how many.
+        """Remove temporary folders whose writer has ended (its lock is free); how many.
 
         Writers do this on their own. A folder that cannot be removed, or whose lock belongs to another user, is left.
         """
         removed = 0
         for stage in [*STAGES, *self._asset_stages()]:
             folder = self.root / stage
-            for key in {_temporary_key(path.name) for path in _leftovers(folder)}:
+            for key in filter(None, {_temporary_key(path.name) for path in _leftovers(folder)}):
                 try:
                     with FileLock(self._lock_path(stage, key), timeout=0):
                         removed += sum(_remove(path) for path in _leftovers(folder, key))
                 except (Timeout, OSError):
-                    continue  # its writer is alive, or the lock is not ours to take
+                    continue  # its writer still runs, or the lock belongs to another user
         return removed
 
     def _asset_stages(self) -> list[str]:
@@ -241,30 +241,30 @@ class Store:
         """A cache for surrogates, encoders and generators, to be handed to a context."""
         return StoredAssets(self, reporter)
 
-    def keep_own(self, kind: str, given: str | Path) -> str:
+    def keep_file(self, kind: str, source: str | Path) -> str:
         """Keep a copy of a user's safetensors file as an asset; its key is a hash of its content.
 
         Raises:
-            InputError: if ``given`` is neither a file of that kind nor the key of a copy.
+            InputError: if ``source`` is neither a file of that kind nor the key of a copy.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load
 
         from backdoorlab.benchmark.meter import asset_card
 
-        stage, path = _own_stage(kind), user_path(given)
-        if _KEY.fullmatch(str(given)) and self.has(stage, str(given)):
-            return str(given)
+        stage, path = _file_stage(kind), user_path(source)
+        if _KEY.fullmatch(str(source)) and self.has(stage, str(source)):
+            return str(source)
         if not is_file(path):
-            raise InputError(f"asset {kind}: no such file: {given}; expected a .safetensors file")
+            raise InputError(f"asset {kind}: no such file: {source}; expected a .safetensors file")
         try:
             tensors = load(path.read_bytes())
         except SafetensorError as error:
             raise InputError(
-                f"asset {kind}: {given} is not a safetensors file ({error}); pickled weights are never read"
+                f"asset {kind}: {source} is not a safetensors file ({error}); pickled weights are never read"
             ) from None
         except OSError as error:
-            raise InputError(f"asset {kind}: {given} cannot be read ({reason(error)})") from None
+            raise InputError(f"asset {kind}: {source} cannot be read ({reason(error)})") from None
         card = asset_card(f"own {kind}", {"sha256": hashlib.sha256(tensor_bytes(tensors)).hexdigest()})
         if self.has(stage, card.key):
             return card.key
@@ -273,13 +273,13 @@ class Store:
                 self.save(card.model_copy(update={"command": "(brought by the user)"}), {"asset": tensors}, stage=stage)
         return card.key
 
-    def own(self, kind: str, key: str) -> dict[str, Tensor]:
-        """The tensors that :meth:`keep_own` kept.
+    def file(self, kind: str, key: str) -> dict[str, Tensor]:
+        """The tensors that :meth:`keep_file` kept.
 
         Raises:
             InputError: if the store has no such copy.
         """
-        run = self.run(_own_stage(kind), key)
+        run = self.run(_file_stage(kind), key)
         if not self.has(run.stage, key):
             raise InputError(f"asset {kind}: {self.root} has no file kept under {key}; give the file itself")
         return run.tensors("asset")
@@ -313,16 +313,16 @@ class StoredAssets:
 
 
 @dataclass(frozen=True)
-class OwnAssets:
+class UserAssets:
     """A cache in which the user's own files stand in for some kinds of assets.
 
     Attributes:
         cache: for all other kinds.
-        own: tensors by kind.
+        files: tensors by kind.
     """
 
     cache: Assets
-    own: Mapping[str, dict[str, Tensor]]
+    files: Mapping[str, dict[str, Tensor]]
 
     def get(self, kind: str, spec: Mapping[str, Any], build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The user's tensors if there are any of that kind, whatever the spec; else the cache's.
@@ -330,17 +330,17 @@ class OwnAssets:
         What is built *from* a user's file (a pattern optimised on their surrogate) must not meet what was built from
         another: its spec is extended by the files in use.
         """
-        if kind in self.own:
-            return dict(self.own[kind])
-        marks = {k: hashlib.sha256(tensor_bytes(t)).hexdigest()[:20] for k, t in sorted(self.own.items())}
-        return self.cache.get(kind, {**spec, "own files": marks} if marks else spec, build)
+        if kind in self.files:
+            return dict(self.files[kind])
+        digests = {k: hashlib.sha256(tensor_bytes(t)).hexdigest()[:20] for k, t in sorted(self.files.items())}
+        return self.cache.get(kind, {**spec, "own files": digests} if digests else spec, build)
 
 
 def _asset_stage(kind: str) -> str:
     return f"asset/{re.sub(r'[^a-z0-9-]+', '-', kind.lower())}"
 
 
-def _own_stage(kind: str) -> str:
+def _file_stage(kind: str) -> str:
     return _asset_stage(f"own-{kind}")
 
 
@@ -368,8 +368,8 @@ def _sync_folder(path: Path) -> None:
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     """What lies in a folder; nothing if there is none."""
     try:
-        with os.scandir(folder) as found:
-            return list(found)
+        with os.scandir(folder) as entries:
+            return list(entries)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -380,14 +380,15 @@ def _leftovers(folder: Path, key: str | None = None) -> list[Path]:
     """Temporary folders in a stage's folder (of one key); none if that folder is a link."""
     if folder.is_symlink():
         return []
-    names = [e.name for e in _entries(folder) if _TEMPORARY.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
-    return [folder / name for name in names if key in (None, _temporary_key(name))]
+    names = [e.name for e in _entries(folder) if e.is_dir(follow_symlinks=False)]
+    keys = {name: _temporary_key(name) for name in names}
+    return [folder / name for name, of in keys.items() if of is not None and key in (None, of)]
 
 
-def _temporary_key(name: str) -> str:
-    found = _TEMPORARY.fullmatch(name)
-    assert found is not None
-    return found["key"]
+def _temporary_key(name: str) -> str | None:
+    """The key in the name of a temporary folder; None for any other name."""
+    match = _TEMPORARY.fullmatch(name)
+    return match["key"] if match else None
 
 
 def _remove(path: Path) -> bool:

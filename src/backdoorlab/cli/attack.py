@@ -88,9 +88,8 @@ def attack_command(
     if name is None:
         raise InputError("attack: which one? Expected a NAME, see `backdoorlab list attacks`")
     from backdoorlab.benchmark import Experiment, MethodSpec
+    from backdoorlab.benchmark.spec import task_spec
     from backdoorlab.cli.outcome import conclude
-    from backdoorlab.data.sources import DatasetSpec
-    from backdoorlab.tasks import TaskSpec, kinds
 
     changes: dict[str, Any] = dict(opt.pairs(settings))
     for key, value in (("poison_rate", poison_rate), ("target", target)):
@@ -99,24 +98,34 @@ def attack_command(
         if key in changes:
             raise InputError(f"{key} is given twice: by --{key.replace('_', '-')} and by --set")
         changes[key] = value
-    data = DatasetSpec(name=dataset, size=size, train_size=train_size, test_size=test_size, seed=data_seed)
-    kind = kind_of(name, kind)
-    recipe_fields = kinds.get(kind).recipe_changes(opt.pairs(recipe_set, "--recipe-set"))
-    spec = TaskSpec(dataset=data, model=model, recipe=recipe, kind=kind, recipe_changes=recipe_fields)
+    spec = task_spec(
+        dataset,
+        size=size,
+        train_size=train_size,
+        test_size=test_size,
+        data_seed=data_seed,
+        model=model,
+        recipe=recipe,
+        recipe_changes=opt.pairs(recipe_set, "--recipe-set"),
+        kind=kind_of(name, kind),
+    )
     files = opt.pairs(asset, "--asset", words="-")
     if name in BENIGN and files:
         raise InputError(f"attack {name} trains the benign model and has no asset {next(iter(files))!r}")
     if name in BENIGN and changes:
         raise InputError(f"attack {name} trains the benign model and has no {', '.join(changes)}")
     runner = make_runner(store, device, root, download)
-    own = {kind: runner.keep_asset(kind, path) for kind, path in files.items()}
-    method = None if name in BENIGN else MethodSpec(name, changes, own)
-    card = runner.attack(Experiment(task=spec, attack=method, seed=seed))
-    conclude(runner, card, as_json)
+    assets = {kind: runner.keep_asset(kind, path) for kind, path in files.items()}
+    method = None if name in BENIGN else MethodSpec(name, changes, assets)
+    conclude(runner.run(Experiment(task=spec, attack=method, seed=seed)), as_json)
 
 
-def kind_of(name: str, given: str | None) -> str:
-    """The kind of task: that of the attack; for the benign model what was given, by default classification.
+def kind_of(name: str, kind: str | None) -> str:
+    """The kind of task: that of the attack; for the benign model the kind asked for, by default classification.
+
+    Args:
+        name: of the attack.
+        kind: what the user asked for, if anything.
 
     Raises:
         InputError: for an unknown attack or kind, or a kind that the attack does not serve.
@@ -124,16 +133,16 @@ def kind_of(name: str, given: str | None) -> str:
     from backdoorlab.attacks import attacks
     from backdoorlab.tasks import kinds
 
-    if given is not None:
-        given = kinds.get(given).name
+    if kind is not None:
+        kind = kinds.get(kind).name
     if name in BENIGN:
-        return given or DEFAULT_KIND
+        return kind or DEFAULT_KIND
     name = attacks.canonical(name)
     served = {m for cls in attacks if cls.name == name for m in cls.modalities} or {*attacks.get(name).modalities}
-    fitting = {kind.name for kind in kinds if served & {*kind.modalities}}
-    if given is not None and given not in fitting:
-        raise InputError(f"--kind {given}: attack {name} is for tasks of kind {', '.join(sorted(fitting))}")
-    return given or (DEFAULT_KIND if DEFAULT_KIND in fitting else min(fitting))
+    fitting = {cls.name for cls in kinds if served & {*cls.modalities}}
+    if kind is not None and kind not in fitting:
+        raise InputError(f"--kind {kind}: attack {name} is for tasks of kind {', '.join(sorted(fitting))}")
+    return kind or (DEFAULT_KIND if DEFAULT_KIND in fitting else min(fitting))
 
 
 def make_runner(store: str, device: str, root: str | None = None, download: bool = False) -> Runner:

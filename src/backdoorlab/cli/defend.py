@@ -12,7 +12,7 @@ from backdoorlab.core.canonical import MAX_SEED
 from backdoorlab.core.errors import InputError
 
 if TYPE_CHECKING:
-    from backdoorlab.benchmark import Experiment, Runner
+    from backdoorlab.benchmark import Runner
 
 RunOption = Annotated[
     str | None, typer.Option("--run", help="A stored run: (the start of) its key, or its folder.", metavar="RUN")
@@ -70,36 +70,35 @@ def defend_command(
     from backdoorlab.defenses import defenses
 
     defenses.get(name)
-    named = need_run(run)
+    run = need_run(run)
     opt.existing_store(store)
     runner = make_runner(store, device, root, download)
-    experiment = runner.experiment_on(named, MethodSpec(name, opt.pairs(settings)))
+    experiment = runner.experiment_on(run, MethodSpec(name, opt.pairs(settings)))
     if seed is not None and seed != experiment.seed:
         raise InputError(
             f"--seed {seed}: run {run} has seed {experiment.seed}, and a defense derives its seed from its run; "
             f"repeat the attack with --seed {seed} and defend that run"
         )
-    _check_base(runner, named, experiment)
-    card = runner.defense(replace(experiment, clean_fraction=clean_fraction, retrain=not no_retrain))
-    conclude(runner, card, as_json)
+    base = _base_id(runner, run)
+    resolved = runner.resolve(replace(experiment, clean_fraction=clean_fraction, retrain=not no_retrain))
+    if resolved.base is not None and base.rpartition("/")[2] != resolved.base.key:
+        raise InputError(
+            f"--run {run}: {base} was made by another version of the attack's code or of the data (it would now be "
+            f"{resolved.base.key}); repeat the attack: {runner.store.find(base).card().command}"
+        )
+    conclude(runner.run(resolved), as_json)
 
 
-def _check_base(runner: Runner, run: str, experiment: Experiment) -> None:
-    """Make sure that the defense will stand on the run that was named.
+def _base_id(runner: Runner, run: str) -> str:
+    """Such as "attack/3f2a...": the run that was named, or the one that a named defense stands on.
 
     Raises:
-        InputError: if that run lies in another store, or was made by other code or data than there are now.
+        InputError: if the run lies in another store.
     """
     stored = runner.store.find(run)
     if runner.store.root.resolve() not in stored.path.resolve().parents:
         raise InputError(f"--run {run} lies outside the store {runner.store.root}; pass its store with --store")
-    base = stored.card().parents[0] if stored.stage == "defense" else stored.id
-    key = runner.keys(experiment)[0]
-    if base.rpartition("/")[2] != key:
-        raise InputError(
-            f"--run {run}: {base} was made by another version of the attack's code or of the data (it would now be "
-            f"{key}); repeat the attack: {runner.store.find(base).card().command}"
-        )
+    return stored.card().parents[0] if stored.stage == "defense" else stored.id
 
 
 def need_run(run: str | None) -> str:

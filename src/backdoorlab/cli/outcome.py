@@ -1,4 +1,4 @@
-"""How one run is told: as a JSON object for scripts, in a few lines for people."""
+"""How one run is printed: as a JSON object for scripts, in a few lines for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 from backdoorlab.cli.console import complain, number, out, print_json, shown
 
 if TYPE_CHECKING:
-    from backdoorlab.benchmark import Card, Runner
+    from backdoorlab.benchmark import Card, RunResult
 
 MEANING = {
     "acc": "clean accuracy (ACC)",
@@ -31,23 +31,25 @@ MEANING = {
 """The metrics of every card, in words."""
 
 
-def conclude(runner: Runner, card: Card, as_json: bool) -> None:
-    """Print the result of a command that ran one stage.
+def conclude(result: RunResult, as_json: bool) -> None:
+    """Print the result of a command that ran one experiment.
 
     Raises:
-        typer.Exit: with code 1 if the stage did not end well.
+        typer.Exit: with code 1 if its status is not "ok".
     """
+    card = result.card
     if as_json:
-        print_json(as_record(card, runner.reused))
+        print_json(as_record(result))
     else:
-        tell(card, runner.reused)
+        print_run(card, result.reused)
     if card.status != "ok":
         complain(card.reason or card.status, label=f"{card.status.replace('_', ' ')}: ")
         raise typer.Exit(1)
 
 
-def as_record(card: Card, reused: bool) -> dict[str, Any]:
+def as_record(result: RunResult) -> dict[str, Any]:
     """The flat JSON object of a run."""
+    card = result.card
     return {
         "key": card.key,
         "stage": card.stage,
@@ -56,7 +58,7 @@ def as_record(card: Card, reused: bool) -> dict[str, Any]:
         "metrics": card.metrics,
         "warnings": warnings_of(card),
         "seconds": total_seconds(card),
-        "reused": reused,
+        "reused": result.reused,
         "attack": name_of(card, "attack"),
         "defense": name_of(card, "defense"),
         "digests": card.digests,
@@ -66,8 +68,8 @@ def as_record(card: Card, reused: bool) -> dict[str, Any]:
 
 def warnings_of(card: Card) -> list[str]:
     """What the run's methods warned of."""
-    found = card.notes.get("warnings")
-    return [str(text) for text in found] if isinstance(found, list) else []
+    warnings = card.notes.get("warnings")
+    return [str(text) for text in warnings] if isinstance(warnings, list) else []
 
 
 def total_seconds(card: Card) -> float:
@@ -88,12 +90,12 @@ def title_of(card: Card) -> str:
     return " / ".join([*filter(None, parts), f"seed {card.spec['seed']}"])
 
 
-def tell(card: Card, reused: bool) -> None:
-    """The run in a few lines: what, numbers, how to go on."""
+def print_run(card: Card, reused: bool) -> None:
+    """The run in a few lines: what it is, its numbers, what to do next."""
     stored = "   stored result" if reused else ""
     out.print(Text.assemble(shown(title_of(card), "bold"), (stored, "dim")), soft_wrap=True)
     out.print(metrics_table(card))
-    for warning in warnings_of(card) if reused else ():  # those of a new run were told while it ran
+    for warning in warnings_of(card) if reused else ():  # those of a new run were printed while it ran
         out.print(Text.assemble(("warning: ", "bold yellow"), shown(warning)), soft_wrap=True)
     ending = f"run {card.key}, {total_seconds(card):.1f} s, {card.status}"
     out.print(Text(ending, style="dim"), soft_wrap=True)

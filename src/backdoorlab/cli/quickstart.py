@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 TARGET, SHOWN = 0, 8
 
 _LEGEND = (
-    "ACC: clean digits read rightly. ASR: digits with the patch that are read as 0 (a defender wants 0.000). "
+    "ACC: clean digits read correctly. ASR: digits with the patch that are read as 0 (a defender wants 0.000). "
     "DER: 1 = backdoor gone at no cost, 0.5 = nothing happened."
 )
 
@@ -102,34 +102,35 @@ def quickstart_command(
     for step in steps:
         for base in (attacked, clean) if step.on_benign else (attacked,):
             plan.append((dataclasses.replace(base, defense=MethodSpec(step.name, step.settings)), step.words))
-    cards, records = [], []
-    for experiment, words in plan:
-        card = runner.run(experiment)
+    results = []
+    for experiment, _ in plan:
+        result = runner.run(experiment)
+        card = result.card
         if card.status != "ok" and card.stage != "defense":
             raise BackdoorLabError(f"{card.stage} run {card.key}: {card.reason}")
-        cards.append((card, words))
-        records.append(as_record(card, runner.reused))
-    _draw(runner, [card for card, _ in cards], figure)
+        results.append(result)
+    cards = [result.card for result in results]
+    _draw(runner, cards, figure)
     if as_json:
-        print_json({"figure": str(figure), "runs": records})
+        print_json({"figure": str(figure), "runs": [as_record(result) for result in results]})
     else:
-        _tell(cards, figure, time.perf_counter() - started, runner.store.root)
-    if any(card.status == "failed" for card, _ in cards):
+        seconds, words = time.perf_counter() - started, [text for _, text in plan]
+        _print_tour(list(zip(cards, words, strict=True)), figure, seconds, runner.store.root)
+    if any(card.status == "failed" for card in cards):
         raise typer.Exit(1)
 
 
 def _chosen(names: str | None) -> tuple[Step, ...]:
-    known = {step.name: step for step in STEPS}
     if names is None:
         return STEPS
-    picked = [name.strip() for name in names.split(",") if name.strip()]
-    for name in picked:
-        if name not in known:
-            raise unknown("defense of the tour", name, known)
-    return tuple(step for step in STEPS if step.name in picked)
+    chosen, choices = [name.strip() for name in names.split(",") if name.strip()], [step.name for step in STEPS]
+    for name in chosen:
+        if name not in choices:
+            raise unknown("defense of the tour", name, choices)
+    return tuple(step for step in STEPS if step.name in chosen)
 
 
-def _tell(cards: list[tuple[Card, str]], figure: Path, seconds: float, store: Path) -> None:
+def _print_tour(cards: list[tuple[Card, str]], figure: Path, seconds: float, store: Path) -> None:
     from backdoorlab.cli.outcome import name_of
 
     title = "backdoorlab quickstart: BadNets on handwritten digits\n"
@@ -170,20 +171,20 @@ def happened(card: Card) -> str:
         return f"{card.status.replace('_', ' ')}: {card.reason}"
     m, stage = card.metrics, card.stage
     if stage == "benign":
-        return f"reads {m['acc']:.0%} of the test digits rightly"
+        return f"reads {m['acc']:.0%} of the test digits correctly"
     if stage == "attack":
-        return f"reads {m['acc']:.0%} rightly, yet the patch turns {m['asr']:.0%} into a 0"
-    told = []
+        return f"reads {m['acc']:.0%} correctly, yet the patch turns {m['asr']:.0%} into a 0"
+    parts = []
     if m.get("verdict") is not None:
         towards = ", ".join(map(str, m["targets"] or ()))
         verdict = m["verdict"] + (f", towards class {towards}" if towards else "")
-        told.append(f"verdict: {verdict} (score {number(m['score'], 1)})")
+        parts.append(f"verdict: {verdict} (score {number(m['score'], 1)})")
     if m.get("tpr") is not None:
-        told.append(f"finds {m['tpr']:.0%} of the patched ones, {m['fpr']:.0%} false alarms")
+        parts.append(f"finds {m['tpr']:.0%} of the patched ones, {m['fpr']:.0%} false alarms")
     if m.get("der") is not None:
         effect = "no help here: the patch still turns" if m["der"] < 0.6 else "the patch now turns"
-        told.append(f"{effect} {m['asr']:.0%} into a 0")
-    return "; ".join(told) or "nothing to report"
+        parts.append(f"{effect} {m['asr']:.0%} into a 0")
+    return "; ".join(parts) or "nothing to report"
 
 
 def _draw(runner: Runner, cards: list[Card], path: Path) -> None:
@@ -199,8 +200,8 @@ def _draw(runner: Runner, cards: list[Card], path: Path) -> None:
     best = max(defended, key=lambda c: c.metrics["der"], default=None)
     task, backdoor = runner.load_backdoor(attack)
     labels = task.test.labels
-    picked = [int((labels == k).nonzero()[0]) for k in range(task.num_classes) if k != TARGET][:SHOWN]
-    chosen = task.test[labels.new_tensor(picked)]
+    rows_shown = [int((labels == k).nonzero()[0]) for k in range(task.num_classes) if k != TARGET][:SHOWN]
+    chosen = task.test[labels.new_tensor(rows_shown)]
     stamped = stamp_all(backdoor.trigger, chosen.inputs)
     assert isinstance(chosen.inputs, Tensor) and isinstance(stamped, Tensor)
     models = [("the attacked model says", backdoor.model)]
@@ -210,9 +211,9 @@ def _draw(runner: Runner, cards: list[Card], path: Path) -> None:
     for label, images in (("test digits", chosen.inputs), ("with the patch", stamped)):
         lines = []
         for words, model in models:
-            said = predict(model, images).argmax(1)
-            colors = tuple(GOOD if right else BAD for right in (said == chosen.labels).tolist())
-            lines.append(Line(words, tuple(map(str, said.tolist())), colors))
+            predicted = predict(model, images).argmax(1)
+            colors = tuple(GOOD if right else BAD for right in (predicted == chosen.labels).tolist())
+            lines.append(Line(words, tuple(map(str, predicted.tolist())), colors))
         rows.append(Row(label, images, tuple(lines)))
     subtitle = f"BadNets, ASR {attack.metrics['asr']:.0%}"
     if best is not None:

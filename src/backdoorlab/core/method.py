@@ -14,7 +14,6 @@ import inspect
 import math
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, ClassVar, Self
 from backdoorlab.core.errors import InputError, nearest
 from backdoorlab.core.excerpt import shown
 from backdoorlab.core.paths import exists, files_below, is_folder, read_bytes, user_path
+from backdoorlab.core.settings import check_names, read_setting, type_name
 from backdoorlab.core.syntax import code_of
 
 
@@ -80,20 +80,23 @@ class Method:
     """Names of further class variables that ``list --json`` shows."""
 
     def __post_init__(self) -> None:
-        """Check every field against its declared range.
+        """Convert every value that is not the default to its field's type, and check it against the declared range.
 
         Raises:
-            InputError: naming the hyper-parameter, the value given and the range expected.
+            InputError: naming the hyper-parameter, the value given and what was expected.
         """
         for field in dataclasses.fields(self):
-            _check(type(self).name, field, getattr(self, field.name))
+            value = getattr(self, field.name)
+            if value is not field.default:
+                value = read_setting(self.name, field.name, value, _hints(type(self))[field.name])
+                object.__setattr__(self, field.name, value)
+            _check_range(self.name, field, value)
 
     @classmethod
     def facts(cls) -> dict[str, Any]:
         """Facts of the method as JSON-able values."""
-        own = {"name": cls.name, "paper": cls.paper, "year": cls.year, "modalities": list(cls.modalities)}
-        own |= {"aliases": list(cls.aliases)}
-        return own | {name: getattr(cls, name) for name in cls.fact_names}
+        common = {"name": cls.name, "paper": cls.paper, "year": cls.year, "modalities": list(cls.modalities)}
+        return common | {"aliases": list(cls.aliases)} | {name: getattr(cls, name) for name in cls.fact_names}
 
     @classmethod
     def parameters(cls) -> list[ParamInfo]:
@@ -102,7 +105,7 @@ class Method:
         return [
             ParamInfo(
                 f.name,
-                _type_name(hints[f.name]),
+                type_name(hints[f.name]),
                 f.default,
                 f.metadata.get("help", ""),
                 _range(f),
@@ -113,29 +116,21 @@ class Method:
 
     @classmethod
     def build(cls, settings: Mapping[str, Any]) -> Self:
-        """Make the method from names and values; strings (from ``--set``) are converted to the field's type.
+        """Make the method from names and values, which may be text as after ``--set``.
 
         Raises:
             InputError: for an unknown name or a value that does not fit.
         """
-        hints = _hints(cls)
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for key, value in settings.items():
-            if key not in fields:
-                raise InputError(
-                    f"{cls.name} has no hyper-parameter {shown(key)}.{nearest(key, fields)} It has: {', '.join(fields)}"
-                )
-            values[key] = convert(cls.name, key, value, hints[key])
-        return cls(**values)
+        check_names(cls.name, settings, [f.name for f in dataclasses.fields(cls)], "hyper-parameter")
+        return cls(**settings)
 
     def settings(self) -> dict[str, Any]:
         """All hyper-parameters with their values, JSON-able."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
-    def changed(self) -> list[str]:
-        """Names of the hyper-parameters that differ from their defaults."""
-        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+    def changed(self) -> dict[str, Any]:
+        """The hyper-parameters that differ from their defaults, with their values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
     def file_digests(self, only: Collection[str] | None = None) -> dict[str, str]:
         """Hash of the content behind each hyper-parameter that names files or folders, where one is given.
@@ -147,8 +142,8 @@ class Method:
             InputError: if there is no such file or folder.
         """
         names = [f.name for f in dataclasses.fields(self) if f.metadata.get("path")]
-        given = {name: getattr(self, name) for name in names if only is None or name in only}
-        return {name: _content(self.name, name, value) for name, value in given.items() if value is not None}
+        paths = {name: getattr(self, name) for name in names if only is None or name in only}
+        return {name: _content(self.name, name, value) for name, value in paths.items() if value is not None}
 
     @classmethod
     def code_digest(cls) -> str:
@@ -179,12 +174,12 @@ _code_digest: Callable[[type], str] = functools.cache(_digest_sources)
 def _content(owner: str, field: str, value: str | tuple[str, ...]) -> str:
     """Hash of a file, of all files below a folder with their names, or of several of these in turn."""
     digest = hashlib.sha256()
-    for given in (value,) if isinstance(value, str) else value:
-        if not given.strip():  # as a path it would be the working directory, with all that is below it
+    for name in (value,) if isinstance(value, str) else value:
+        if not name.strip():  # as a path it would be the working directory, with all that is below it
             raise InputError(f"{owner}: {field}: expected a file or folder, got nothing")
-        base = user_path(given)
+        base = user_path(name)
         if not exists(base):
-            raise InputError(f"{owner}: found no file or folder {given!r} for {field}")
+            raise InputError(f"{owner}: found no file or folder {name!r} for {field}")
         below = files_below(base, hidden=True) if is_folder(base) else [base]
         for file in below:
             try:
@@ -201,12 +196,12 @@ def _sources(cls: type) -> set[Path]:
     family = ".".join(
         cls.__module__.split(".")[:2] if cls.__module__.startswith("backdoorlab.") else cls.__module__.split(".")[:1]
     )
-    found: set[Path] = set()
-    waiting, seen = [cls.__module__], {cls.__module__}
-    while waiting:
-        module = sys.modules[waiting.pop()]
+    files: set[Path] = set()
+    pending, visited = [cls.__module__], {cls.__module__}
+    while pending:
+        module = sys.modules[pending.pop()]
         try:
-            found.add(Path(inspect.getfile(module)))
+            files.add(Path(inspect.getfile(module)))
         except TypeError:
             raise InputError(
                 f"{getattr(cls, 'name', cls.__name__)}: its code was typed in, not read from a file, so that results "
@@ -215,10 +210,10 @@ def _sources(cls: type) -> set[Path]:
         for value in vars(module).values():
             name = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
             inside = isinstance(name, str) and (name == family or name.startswith((f"{family}.", _SHARED)))
-            if inside and name not in seen and not _is_contract(str(name)) and name in sys.modules:
-                seen.add(str(name))
-                waiting.append(str(name))
-    return found
+            if inside and name not in visited and not _is_contract(str(name)) and name in sys.modules:
+                visited.add(str(name))
+                pending.append(str(name))
+    return files
 
 
 _CONTRACTS = re.compile(
@@ -246,7 +241,7 @@ def _range(field: dataclasses.Field[Any]) -> str:
     return " and ".join(parts)
 
 
-def _check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
+def _check_range(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
     meta, wrong = field.metadata, False
     if value is None:
         return
@@ -261,61 +256,3 @@ def _check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
         hint = nearest(value, map(str, meta["choices"])) if meta.get("choices") and isinstance(value, str) else ""
         expected = f"must be {_range(field)}" if _range(field) else "must be a finite number"
         raise InputError(f"{owner}: {field.name} {expected}, got {shown(value)}.{hint}")
-
-
-def _type_name(hint: Any) -> str:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return " or ".join(_type_name(a) for a in typing.get_args(hint) if a is not type(None)) + " (optional)"
-    return getattr(hint, "__name__", str(hint))
-
-
-def convert(owner: str, key: str, value: Any, hint: Any) -> Any:
-    """Convert a value to an annotated type: how every field that users set is read, from a command line or a file.
-
-    Args:
-        owner: of the field, for messages.
-        key: the field.
-        value: a value of the type, or text that stands for one, such as ``1e-2``, ``yes`` or ``1, 2, 3``.
-        hint: bool, int, float, str, a tuple of one of these, or such a type or None.
-
-    Raises:
-        InputError: for a value that is not of the type.
-    """
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            return None
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)[0]
-        items = value.replace("[", "").replace("]", "").split(",") if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)):
-            raise InputError(f"{owner}: {key} must be a list of type {_type_name(inner)}, got {shown(value)}.")
-        return tuple(convert(owner, key, item.strip() if isinstance(item, str) else item, inner) for item in items)
-    failure = InputError(f"{owner}: {key} must be of type {_type_name(hint)}, got {shown(value)}.")
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        table = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if not isinstance(value, (str, int)) or str(value).lower() not in table:
-            raise InputError(f"{owner}: {key} must be true or false, got {shown(value)}.")
-        return table[str(value).lower()]
-    if hint in (int, float):
-        if isinstance(value, bool):
-            raise failure
-        if hint is int and isinstance(value, int):
-            number: float = value  # not through float, which holds 53 bits
-        else:
-            try:
-                number = float(value)
-                if hint is int and number == int(number):
-                    number = int(value) if isinstance(value, str) and value.strip("+- ").isdecimal() else int(number)
-            except (TypeError, ValueError, OverflowError):
-                raise failure from None
-        if hint is int and (not isinstance(number, int) or abs(number) >= 2**63):
-            raise failure
-        return number
-    if hint is str:
-        if not isinstance(value, str):
-            raise failure
-        return value
-    return value

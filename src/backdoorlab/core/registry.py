@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from backdoorlab.core.errors import BackdoorLabError, InputError, nearest, unknown
 
-T = TypeVar("T")
+
+class Named(Protocol):
+    """What every registered class states; it may have ``aliases`` too."""
+
+    name: ClassVar[str]
+    modalities: ClassVar[tuple[str, ...]]
+
+
+T = TypeVar("T", bound=Named)
 
 
 class Registry(Generic[T]):
@@ -35,10 +43,8 @@ class Registry(Generic[T]):
             BackdoorLabError: if another method has that name for one of these modalities, or a name and an alias of two
                 methods are the same: one of them could never be found. Nothing is registered then.
         """
-        name: str = cls.name  # type: ignore[attr-defined]
-        modalities: tuple[str, ...] = cls.modalities  # type: ignore[attr-defined]
-        aliases: tuple[str, ...] = getattr(cls, "aliases", ())
-        for modality in modalities:
+        name, aliases = cls.name, _aliases(cls)
+        for modality in cls.modalities:
             other = self._entries.get((name, modality))
             if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise BackdoorLabError(
@@ -58,7 +64,7 @@ class Registry(Generic[T]):
                 raise BackdoorLabError(
                     f"{self.kind}s {other_name!r} and {name!r} ({cls.__module__}) share the alias {alias!r}"
                 )
-        self._entries.update({(name, modality): cls for modality in modalities})
+        self._entries.update({(name, modality): cls for modality in cls.modalities})
         self._aliases.update(dict.fromkeys(aliases, name))
         return cls
 
@@ -94,11 +100,7 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[type[T]]:
         """Yield each registered class once, by name."""
         self._load()
-        seen: set[int] = set()
-        for _, cls in sorted(self._entries.items(), key=lambda item: item[0]):
-            if id(cls) not in seen:
-                seen.add(id(cls))
-                yield cls
+        yield from dict.fromkeys(cls for _, cls in sorted(self._entries.items(), key=lambda item: item[0]))
 
     def _load(self) -> None:
         if self._loaded:
@@ -111,11 +113,11 @@ class Registry(Generic[T]):
                     importlib.import_module(info.name)
             for point in entry_points(group=self.group):
                 try:
-                    found: Callable[[], object] | object = point.load()
+                    loaded: object = point.load()
                 except Exception as error:
                     raise BackdoorLabError(f"plug-in {point.name!r} ({point.value}) failed to load: {error}") from error
-                if isinstance(found, type) and hasattr(found, "modalities"):
-                    self.register(found)
+                if isinstance(loaded, type) and hasattr(loaded, "modalities"):
+                    self.register(loaded)
         except BaseException:
             self._loaded = False
             raise
@@ -132,14 +134,17 @@ def by_attribute(registry: Registry[T], name: str) -> type[T]:
     """
     if name.startswith("_"):
         raise AttributeError(name)
-    wanted = _folded(name)
-    known: dict[str, type[T]] = {}
+    classes: dict[str, type[T]] = {}
     for cls in registry:
-        for label in (cls.__name__, cls.name, *getattr(cls, "aliases", ())):  # type: ignore[attr-defined]
-            known.setdefault(_folded(label), cls)
-    if wanted not in known:
-        raise AttributeError(f"no {registry.kind} {name!r}.{nearest(wanted, known)}")
-    return known[wanted]
+        for label in (cls.__name__, cls.name, *_aliases(cls)):
+            classes.setdefault(_folded(label), cls)
+    if _folded(name) not in classes:
+        raise AttributeError(f"no {registry.kind} {name!r}.{nearest(_folded(name), classes)}")
+    return classes[_folded(name)]
+
+
+def _aliases(cls: type[Named]) -> tuple[str, ...]:
+    return getattr(cls, "aliases", ())
 
 
 def _folded(name: str) -> str:

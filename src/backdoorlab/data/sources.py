@@ -1,4 +1,4 @@
-"""Where data sets come from: one file per source, one door (:func:`load_dataset`) for all of them."""
+"""Where data sets come from: one file per source, one function (:func:`load_dataset`) for all of them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from backdoorlab.core.excerpt import shown
 from backdoorlab.core.paths import exists, user_path
 from backdoorlab.core.registry import Registry
 from backdoorlab.core.seeding import make_generator
+from backdoorlab.core.settings import check_seed
 from backdoorlab.data.split import Dataset, Split
 
 MAX_SIDE = 4096
@@ -45,8 +46,7 @@ class DatasetSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise InputError(f"the name of a dataset must be text, got {shown(self.name)}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise InputError(f"the seed of a dataset must be an integer from 0 to 2^63 - 1, got {shown(self.seed)}")
+        check_seed("the seed of a dataset", self.seed)
         for key, low in (("size", 8), ("train_size", 1), ("test_size", 1)):
             value = getattr(self, key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
