@@ -153,6 +153,23 @@ class Defense(Method):
     def _apply(self, view: DefenderView, ctx: Context) -> Outcome:
         """Call the hook of the stage: :meth:`run`, or ``score`` and ``flags``."""
 
+    def _prepared(
+        self,
+        seed: int,
+        device: str | torch.device,
+        progress: bool | None,
+        *,
+        model: Classifier | None = None,
+        clean: Split | None = None,
+        suspicious: Split | None = None,
+        blueprint: Blueprint | None = None,
+    ) -> tuple[DefenderView, Context]:
+        """What the verbs of all stages pass to :meth:`_apply`: a view limited to what is read, and a context."""
+        ctx = session(seed, device, progress, "defense")
+        moved = None if model is None else model.to(ctx.device)
+        view = DefenderView(model=moved, clean=clean, suspicious=suspicious, blueprint=blueprint)
+        return view.limited(self.name, self.reads), ctx
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetDefense(Defense):
@@ -206,9 +223,10 @@ class DatasetDefense(Defense):
             InputError: if something that this defense reads is missing.
             NotApplicable: if the method cannot work on such a model or such data.
         """
-        ctx = session(seed, device, progress, "defense")
-        view = DefenderView(model=_on(model, ctx), clean=clean, suspicious=suspicious, blueprint=blueprint)
-        return self._apply(view.limited(self.name, self.reads), ctx)
+        view, ctx = self._prepared(
+            seed, device, progress, model=model, clean=clean, suspicious=suspicious, blueprint=blueprint
+        )
+        return self._apply(view, ctx)
 
     def _apply(self, view: DefenderView, ctx: Context) -> Screening:
         scores = self.score(view, ctx)
@@ -250,9 +268,8 @@ class TrainingDefense(Defense):
             InputError: if something that this defense reads is missing, or the data do not suffice.
             NotApplicable: if the method cannot work on such data.
         """
-        ctx = session(seed, device, progress, "defense")
-        view = DefenderView(clean=clean, suspicious=suspicious, blueprint=blueprint)
-        return self._apply(view.limited(self.name, self.reads), ctx)
+        view, ctx = self._prepared(seed, device, progress, clean=clean, suspicious=suspicious, blueprint=blueprint)
+        return self._apply(view, ctx)
 
     def _apply(self, view: DefenderView, ctx: Context) -> TrainingReport:
         return self.run(view, ctx)
@@ -307,9 +324,10 @@ class RepairDefense(Defense):
             InputError: if something that this defense reads is missing, or the data do not suffice.
             NotApplicable: if the architecture lacks what the method works on.
         """
-        ctx = session(seed, device, progress, "defense")
-        view = DefenderView(model=_on(model, ctx), clean=clean, suspicious=suspicious, blueprint=blueprint)
-        return self._apply(view.limited(self.name, self.reads), ctx).model
+        view, ctx = self._prepared(
+            seed, device, progress, model=model, clean=clean, suspicious=suspicious, blueprint=blueprint
+        )
+        return self._apply(view, ctx).model
 
     def _apply(self, view: DefenderView, ctx: Context) -> Repair:
         repaired = self.run(view, ctx)
@@ -356,9 +374,8 @@ class InputDefense(Defense):
             InputError: if something that this defense reads is missing, or the data do not suffice.
             NotApplicable: if the method cannot work on such a model.
         """
-        ctx = session(seed, device, progress, "defense")
-        view = DefenderView(model=_on(model, ctx), clean=clean, suspicious=suspicious)
-        return self._apply(view.limited(self.name, self.reads), ctx)
+        view, ctx = self._prepared(seed, device, progress, model=model, clean=clean, suspicious=suspicious)
+        return self._apply(view, ctx)
 
     def _apply(self, view: DefenderView, ctx: Context) -> InputDetector:
         return self.run(view, ctx)
@@ -398,16 +415,11 @@ class ModelDefense(Defense):
             InputError: if something that this defense reads is missing, or the data do not suffice.
             NotApplicable: if the method cannot work on such a model.
         """
-        ctx = session(seed, device, progress, "defense")
-        view = DefenderView(model=_on(model, ctx), clean=clean)
-        return self._apply(view.limited(self.name, self.reads), ctx)
+        view, ctx = self._prepared(seed, device, progress, model=model, clean=clean)
+        return self._apply(view, ctx)
 
     def _apply(self, view: DefenderView, ctx: Context) -> ScanReport:
         return self.run(view, ctx)
-
-
-def _on(model: Classifier | None, ctx: Context) -> Classifier | None:
-    return None if model is None else model.to(ctx.device)
 
 
 def no_flags(count: int) -> Tensor:
