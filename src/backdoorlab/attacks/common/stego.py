@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -112,30 +112,36 @@ Loss = Callable[[nn.ModuleDict, Tensor, int], Tensor]
 """(both networks, batch in [0, 1], number of the step) -> scalar."""
 
 
-def train_pair(
-    build: Build,
-    images: Tensor,
-    loss: Loss,
-    *,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    ctx: Context,
-    label: str,
-) -> Tensors:
+class Hiding(Protocol):
+    """An attack that trains a pair: its name, and the hyper-parameters that :func:`train_pair` reads."""
+
+    name: ClassVar[str]
+
+    @property
+    def steps(self) -> int:
+        """Steps of Adam."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures a step."""
+        ...
+
+    @property
+    def lr(self) -> float:
+        """Adam's learning rate: constant, then falling to 0."""
+        ...
+
+
+def train_pair(attack: Hiding, build: Build, images: Tensor, loss: Loss, ctx: Context) -> Tensors:
     """Train encoder and decoder together, by Adam, on random batches.
 
     Args:
+        attack: says how long and how fast.
         build: makes them.
         images: uint8 [N,C,H,W].
         loss: of a batch.
-        steps: of Adam.
-        batch_size: pictures a step.
-        lr: constant, then falling to 0.
-        betas: of Adam.
         ctx: seed, device, progress.
-        label: shown beside the progress bar.
 
     Returns:
         All weights, on the CPU.
@@ -147,20 +153,20 @@ def train_pair(
     generator, numbers = ctx.generator("batches"), count()
 
     def draw() -> Tensor:
-        chosen = torch.randint(0, len(images), (batch_size,), generator=generator)
+        chosen = torch.randint(0, len(images), (attack.batch_size,), generator=generator)
         return images[chosen].to(ctx.device, torch.float32) / 255
 
     run_steps(
         LossStep(
             lambda batch: loss(networks, batch, next(numbers)),
-            torch.optim.Adam(networks.parameters(), lr, betas),
+            torch.optim.Adam(networks.parameters(), attack.lr),
             [networks],
         ),
-        Repeat(steps, draw),
+        Repeat(attack.steps, draw),
         1,
-        schedule=lambda step: min(1.0, (1 - step / steps) / SETTLE),
+        schedule=lambda step: min(1.0, (1 - step / attack.steps) / SETTLE),
         context=ctx,
-        label=label,
+        label=f"{attack.name}: training encoder and decoder",
     )
     return pack(**dict(networks.items()))
 

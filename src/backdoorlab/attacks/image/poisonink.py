@@ -305,18 +305,9 @@ class PoisonInk(PoisoningAttack):
         inputs = expect_images(images.inputs)
         channels, height, width = inputs.shape[1:]
         colour = None if ink is None else torch.tensor(ink)[:, None, None]
-        return train_pair(
-            lambda: build_pair((channels, height, width), self.width),
-            inputs,
-            hiding_loss(
-                colour, self.reach, self.threshold, self.image_weight, Ramp(self.steps), ctx.generator("colours")
-            ),
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            ctx=ctx,
-            label=f"{self.name}: training hiding and revealing network",
-        )
+        draw = ctx.generator("colours")
+        loss = hiding_loss(colour, self.reach, self.threshold, self.image_weight, Ramp(self.steps), draw)
+        return train_pair(self, lambda: build_pair((channels, height, width), self.width), inputs, loss, ctx)
 
     def run(self, task: Task, ctx: Context) -> Backdoor:
         """Poison and train; in the paired mode with an objective of its own."""

@@ -211,7 +211,6 @@ class Ssba(PoisoningAttack):
         channels, height, width = images.shape[1:]
         shape = (channels, height, width)
         bits = default_bits(height, width) if self.bits is None else self.bits
-
         pair = self.trained_pair(ctx, images=task.train, bits=bits).network(lambda: build_pair(shape, bits, self.width))
         secret = torch.randint(0, 2, (bits,), generator=make_generator(self.secret_seed, "ssba secret"))
         trigger = SsbaTrigger.of(
@@ -226,16 +225,8 @@ class Ssba(PoisoningAttack):
         """Weights of encoder and decoder, for messages of that length."""
         inputs = expect_images(images.inputs)
         channels, height, width = inputs.shape[1:]
-        return train_pair(
-            lambda: build_pair((channels, height, width), bits, self.width),
-            inputs,
-            hiding_loss(bits, self.reach, self.image_weight, Ramp(self.steps), ctx.generator("messages")),
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            ctx=ctx,
-            label=f"{self.name}: training encoder and decoder",
-        )
+        loss = hiding_loss(bits, self.reach, self.image_weight, Ramp(self.steps), ctx.generator("messages"))
+        return train_pair(self, lambda: build_pair((channels, height, width), bits, self.width), inputs, loss, ctx)
 
     def notes(self, trigger: Trigger, poison: Poison, task: Task) -> dict[str, Any]:
         """Counts, the message's length and how well it hides."""
