@@ -33,7 +33,7 @@ class Attack(Method):
     needs_surrogate: ClassVar[bool] = False
     """Must a network be trained before anything can be poisoned?"""
     asset_kinds: ClassVar[tuple[str, ...]] = ()
-    """What it makes first and shares between runs (``ctx.asset``); the user's file can replace each of them."""
+    """What it makes first and shares between runs (``common.assets``); the user's file can replace each of them."""
     stronger: ClassVar[str] = ""
     """What makes the trigger change more: "raise" or "lower" and hyper-parameters ("raise size"); "" for nothing."""
     fact_names: ClassVar[tuple[str, ...]] = (

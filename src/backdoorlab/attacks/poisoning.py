@@ -26,7 +26,7 @@ class PoisoningAttack(ClassificationAttack):
 
     @abstractmethod
     def make_trigger(self, task: Task, ctx: Context) -> Trigger:
-        """The trigger as delivered at test time; may train a surrogate, generator or encoder (as ``ctx.asset``)."""
+        """The trigger as delivered at test time; may train a surrogate, generator or encoder (``common.assets``)."""
 
     def poison_inputs(self, trigger: Trigger, inputs: Inputs, indices: Tensor, task: Task, ctx: Context) -> Inputs:
         """Raw training samples after poisoning; by default the trigger itself.
