@@ -21,6 +21,7 @@ from backdoorlab.metrics.classification import attack_metrics
 from backdoorlab.metrics.result import Metrics
 from backdoorlab.metrics.tables import Evaluation
 from backdoorlab.metrics.visibility import visibility
+from backdoorlab.modalities.filters import expect_images
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.models.persistence import State, restore_model
 from backdoorlab.tasks import Task
@@ -216,8 +217,7 @@ class Backdoor(Planted):
         clean = images[self.target_map.eligible(task.test.labels).nonzero().flatten()[:count]]
         if not len(clean):
             return {}
-        stamped = stamp_all(self.trigger, clean, device=self.model.device)
-        assert isinstance(stamped, Tensor)
+        stamped = expect_images(stamp_all(self.trigger, clean, device=self.model.device), clean.shape[1:])
         difference = visibility(clean, stamped)
         return {"psnr_db": difference.psnr, "ssim": difference.ssim, "linf": difference.linf}
 

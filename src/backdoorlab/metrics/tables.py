@@ -95,10 +95,11 @@ def compared(before: Evaluation, after: Sequence[Evaluation]) -> Comparison:
     rows = [before]
     for row in after:
         extra: dict[str, Any] = {}
-        if None not in (before.acc, before.asr, row.acc, row.asr):
-            extra["der"] = defense_effectiveness(before.acc, before.asr, row.acc, row.asr)  # type: ignore[arg-type]
-        if None not in (before.acc, before.ra, row.acc, row.ra):
-            extra["rir"] = robust_improvement(before.acc, before.ra, row.acc, row.ra)  # type: ignore[arg-type]
+        if before.acc is not None and row.acc is not None:
+            if before.asr is not None and row.asr is not None:
+                extra["der"] = defense_effectiveness(before.acc, before.asr, row.acc, row.asr)
+            if before.ra is not None and row.ra is not None:
+                extra["rir"] = robust_improvement(before.acc, before.ra, row.acc, row.ra)
         rows.append(Evaluation(row.title, {**row.values, **extra}))
     return Comparison(tuple(rows))
 

@@ -6,12 +6,12 @@ import dataclasses
 import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from backdoorlab.core.errors import ArtifactError, unknown
+from backdoorlab.core.errors import ArtifactError, InputError, unknown
 from backdoorlab.data.split import Dataset, Inputs
 
 
@@ -77,6 +77,20 @@ def _find(name: str) -> type[Modality]:
     module, cls = _HOMES[name]
     modality_class: type[Modality] = getattr(importlib.import_module(module), cls)
     return modality_class
+
+
+_Kind = TypeVar("_Kind", bound=Modality)
+
+
+def expect_modality(modality: Modality, kind: type[_Kind]) -> _Kind:
+    """The modality itself, for code that serves one kind only.
+
+    Raises:
+        InputError: if it is of another kind.
+    """
+    if not isinstance(modality, kind):
+        raise InputError(f"expected {kind.name} data, got {modality.name} data")
+    return modality
 
 
 def modality_of(dataset: Dataset) -> Modality:

@@ -166,8 +166,8 @@ def _run_to_head(model: Classifier, x: Tensor) -> tuple[nn.Linear, Tensor, Tenso
     last: list[tuple[nn.Linear, Tensor]] = []
 
     def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if output.dim() == 2 and output.shape == (len(x), model.num_classes):
-            last[:] = [(cast(nn.Linear, module), args[0])]
+        if isinstance(module, nn.Linear) and output.dim() == 2 and output.shape == (len(x), model.num_classes):
+            last[:] = [(module, args[0])]
 
     with ExitStack() as stack:
         for module in model.modules():
@@ -189,7 +189,7 @@ def spatial_layers(model: Classifier, example: Tensor | None = None) -> list[tup
     convs = [c for c in calls if isinstance(c.module, _ConvNd) and c.output is not None]
     if not convs:
         return []
-    dims = {cast(Tensor, c.output).dim() for c in convs}
+    dims = {c.output.dim() for c in convs if c.output is not None}
     # A module's second axis holds channels if some convolution or batch norm of that width exists.
     widths: set[int] = set()
     for call in calls:
@@ -232,8 +232,7 @@ class Channels:
     @property
     def weight(self) -> Tensor:
         """Weight with the units along its first axis (a view): [U, ...]."""
-        weight = self.module._parameters["weight"]
-        return cast(Tensor, weight).transpose(0, self._weight_axis)
+        return _weight(self.module).transpose(0, self._weight_axis)
 
     @property
     def bias(self) -> Tensor | None:
@@ -328,9 +327,15 @@ def _kind(module: nn.Module) -> str:
     return next((kind for kind, cls in types.items() if isinstance(module, cls)), "")
 
 
+def _weight(module: nn.Module) -> Tensor:
+    weight = module._parameters["weight"]
+    if weight is None:
+        raise InputError(f"a {type(module).__name__} without weight has no units")
+    return weight
+
+
 def _unit_count(module: nn.Module) -> int:
-    weight = cast(Tensor, module._parameters["weight"])
-    return int(weight.shape[1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0])
+    return int(_weight(module).shape[1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0])
 
 
 def _axis(call: Call) -> int:
@@ -377,12 +382,12 @@ def conv_norm_pairs(model: Classifier, example: Tensor | None = None) -> list[tu
     conv1 -> bn2 is one and bn1 has none.
     """
     calls = trace(model, example)
-    convs = {id(c.output): c for c in calls if isinstance(c.module, _ConvNd)}
+    convs = {id(c.output): (c, c.module) for c in calls if isinstance(c.module, _ConvNd)}
     pairs: dict[int, tuple[_ConvNd, _BatchNorm]] = {}
     for call in calls:
-        source = convs.get(id(call.input))
-        if isinstance(call.module, _BatchNorm) and source is not None and source.feeds(call):
-            pairs[id(call.module)] = (cast(_ConvNd, source.module), call.module)
+        source, conv = convs.get(id(call.input), (None, None))
+        if isinstance(call.module, _BatchNorm) and source is not None and conv is not None and source.feeds(call):
+            pairs[id(call.module)] = (conv, call.module)
     return list(pairs.values())
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.instructions import onednn_limit
 from backdoorlab.modalities.audio import AudioModality
-from backdoorlab.modalities.base import Modality
+from backdoorlab.modalities.base import Modality, expect_modality
 from backdoorlab.models.classifier import ModelBuilder, models
 
 
@@ -180,10 +180,10 @@ class M5(nn.Module):
 
 
 def _rate(modality: Modality) -> int:
-    assert isinstance(modality, AudioModality)
-    if modality.length < modality.sample_rate // 20:
-        raise InputError(f"clips of {modality.length} samples are shorter than 50 ms at {modality.sample_rate} Hz")
-    return modality.sample_rate
+    sound = expect_modality(modality, AudioModality)
+    if sound.length < sound.sample_rate // 20:
+        raise InputError(f"clips of {sound.length} samples are shorter than 50 ms at {sound.sample_rate} Hz")
+    return sound.sample_rate
 
 
 class _Audio(ModelBuilder):

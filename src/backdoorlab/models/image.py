@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
 
-from backdoorlab.modalities.base import Modality
+from backdoorlab.modalities.base import Modality, expect_modality
+from backdoorlab.modalities.image import ImageModality
 from backdoorlab.models.classifier import ModelBuilder, models
 
 
@@ -128,6 +129,10 @@ class _Image(ModelBuilder):
     modalities = ("image",)
 
 
+def _channels(modality: Modality) -> int:
+    return expect_modality(modality, ImageModality).channels
+
+
 @models.register
 class BuildPreActResNet18(_Image):
     """The reference network of the benchmark."""
@@ -137,7 +142,7 @@ class BuildPreActResNet18(_Image):
 
     def build(self, modality: Modality, num_classes: int) -> nn.Module:
         """See :meth:`ModelBuilder.build`."""
-        return preact_resnet18(num_classes=num_classes, in_chans=modality.channels)  # type: ignore[attr-defined]
+        return preact_resnet18(num_classes=num_classes, in_chans=_channels(modality))
 
 
 @models.register
@@ -149,7 +154,7 @@ class BuildPreActResNet18W16(_Image):
 
     def build(self, modality: Modality, num_classes: int) -> nn.Module:
         """See :meth:`ModelBuilder.build`."""
-        return preact_resnet18_w16(num_classes=num_classes, in_chans=modality.channels)  # type: ignore[attr-defined]
+        return preact_resnet18_w16(num_classes=num_classes, in_chans=_channels(modality))
 
 
 @models.register
@@ -161,7 +166,7 @@ class BuildPreActResNet18W32(_Image):
 
     def build(self, modality: Modality, num_classes: int) -> nn.Module:
         """See :meth:`ModelBuilder.build`."""
-        return preact_resnet18_w32(num_classes=num_classes, in_chans=modality.channels)  # type: ignore[attr-defined]
+        return preact_resnet18_w32(num_classes=num_classes, in_chans=_channels(modality))
 
 
 @models.register
@@ -173,7 +178,7 @@ class BuildPreActResNet8(_Image):
 
     def build(self, modality: Modality, num_classes: int) -> nn.Module:
         """See :meth:`ModelBuilder.build`."""
-        return preact_resnet8(num_classes=num_classes, in_chans=modality.channels)  # type: ignore[attr-defined]
+        return preact_resnet8(num_classes=num_classes, in_chans=_channels(modality))
 
 
 @models.register
@@ -185,4 +190,4 @@ class BuildConvNet3(_Image):
 
     def build(self, modality: Modality, num_classes: int) -> nn.Module:
         """See :meth:`ModelBuilder.build`."""
-        return ConvNet3(num_classes, modality.channels)  # type: ignore[attr-defined]
+        return ConvNet3(num_classes, _channels(modality))

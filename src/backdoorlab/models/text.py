@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from backdoorlab.core.errors import InputError, MissingExtra
 from backdoorlab.core.paths import entries, is_file, read_bytes, reason, user_path
-from backdoorlab.modalities.base import Modality
+from backdoorlab.modalities.base import Modality, expect_modality
 from backdoorlab.modalities.text import PAD, TextModality, load_tokenizer
 from backdoorlab.models.classifier import ModelBuilder, models
 
@@ -258,13 +258,13 @@ def _transformers(feature: str) -> Any:
 
 
 def _text(modality: Modality) -> TextModality:
-    assert isinstance(modality, TextModality)
-    if len(modality.vocabulary) < 8 and not modality.tokenizer:
+    text = expect_modality(modality, TextModality)
+    if len(text.vocabulary) < 8 and not text.tokenizer:
         raise InputError(
             "the vocabulary is empty: no word occurs twice in the training texts (trigger words such as 'cf' do not "
             "count), so there is nothing to learn from; give more texts, or longer ones"
         )
-    return modality
+    return text
 
 
 class _Text(ModelBuilder):

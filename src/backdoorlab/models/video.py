@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from backdoorlab.modalities.base import Modality
+from backdoorlab.modalities.base import Modality, expect_modality
 from backdoorlab.modalities.video import VideoModality
 from backdoorlab.models.classifier import ModelBuilder, models
 
@@ -57,8 +57,7 @@ class _Video(ModelBuilder):
 
 
 def _channels(modality: Modality) -> int:
-    assert isinstance(modality, VideoModality)
-    return modality.channels
+    return expect_modality(modality, VideoModality).channels
 
 
 @models.register

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Unpack, cast
+from typing import Any, ClassVar, Unpack
 
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.sources import datasets, load_dataset
@@ -122,6 +122,8 @@ class Task(BaseTask):
 
     def measure_benign(self, model: StoredModel, ctx: Context) -> Metrics:
         """Clean accuracy, overall and per class."""
-        right = predict(cast(Classifier, model), self.test.inputs).argmax(1) == self.test.labels
+        if not isinstance(model, Classifier):
+            raise InputError(f"a classification task measures classifiers, got a model of kind {model.kind!r}")
+        right = predict(model, self.test.inputs).argmax(1) == self.test.labels
         per_class = [rate(right[self.test.labels == k]) for k in range(self.num_classes)]
         return Metrics({"acc": rate(right), "n_clean": len(right), "acc_per_class": per_class})

@@ -27,6 +27,7 @@ from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs
 from backdoorlab.modalities.audio import AudioModality, to_int16
+from backdoorlab.modalities.base import expect_modality
 from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
 
@@ -97,9 +98,9 @@ class AudioBadNets(PoisoningAttack):
 
     def make_trigger(self, task: Task, ctx: Context) -> ClipTrigger:
         """Place the click in a clip of the data's length."""
-        assert isinstance(task.modality, AudioModality)
-        length = task.modality.length
-        size = self.size or max(4, round(task.modality.sample_rate * 0.25e-3))
+        modality = expect_modality(task.modality, AudioModality)
+        length = modality.length
+        size = self.size or max(4, round(modality.sample_rate * 0.25e-3))
         if size > length:
             raise InputError(f"badnets: {size} samples do not fit a clip of {length}; size may be at most {length}")
         start = {"start": 0, "middle": (length - size) // 2, "end": length - size}[self.position]

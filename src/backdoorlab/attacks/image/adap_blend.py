@@ -28,7 +28,7 @@ from backdoorlab.attacks.common.batch_poison import draw_cover
 from backdoorlab.attacks.common.pictures import key_image, read_picture
 from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.triggers.base import Trigger
-from backdoorlab.attacks.triggers.pixels import BlendTrigger, constant_blend, overlay, picture_hash
+from backdoorlab.attacks.triggers.pixels import BlendTrigger, constant_blend, key_of, overlay, picture_hash
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs, Poison, take
@@ -104,13 +104,11 @@ class AdapBlend(PoisoningAttack):
         return (covered, self._pieces(trigger, images, ctx.generator("pieces", "cover"))) if len(covered) else None
 
     def _pieces(self, trigger: Trigger, inputs: Inputs, generator: torch.Generator) -> Tensor:
-        assert isinstance(trigger, BlendTrigger)
-        images, key = expect_images(inputs), trigger.keys[0]
+        images, key = expect_images(inputs), key_of(trigger)
         shown = random_half(len(images), self.pieces**2, generator)
         mask = shown[:, piece_index(key.shape[1], key.shape[2], self.pieces)].float()[:, None]
         return to_uint8(overlay(images, key.to(images.device), self.alpha_train * mask.to(images.device)))
 
     def notes(self, trigger: Trigger, poison: Poison, task: Task) -> dict[str, Any]:
         """Adds the hash of the key image."""
-        assert isinstance(trigger, BlendTrigger)
-        return super().notes(trigger, poison, task) | {"key_sha256": picture_hash(trigger.keys[0])}
+        return super().notes(trigger, poison, task) | {"key_sha256": picture_hash(key_of(trigger))}

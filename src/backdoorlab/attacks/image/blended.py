@@ -27,7 +27,7 @@ from backdoorlab.attacks.base import attacks
 from backdoorlab.attacks.common.pictures import key_image, noise_image, read_picture
 from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.triggers.base import Trigger
-from backdoorlab.attacks.triggers.pixels import BlendTrigger, constant_blend, picture_hash
+from backdoorlab.attacks.triggers.pixels import BlendTrigger, constant_blend, key_of, picture_hash
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs, Poison
 from backdoorlab.modalities.filters import expect_images
@@ -75,13 +75,8 @@ class Blended(PoisoningAttack):
 
     def poison_inputs(self, trigger: Trigger, inputs: Inputs, indices: Tensor, task: Task, ctx: Context) -> Inputs:
         """The same key at the training ratio."""
-        return constant_blend(_key(trigger), self.alpha_train)(inputs)
+        return constant_blend(key_of(trigger), self.alpha_train)(inputs)
 
     def notes(self, trigger: Trigger, poison: Poison, task: Task) -> dict[str, Any]:
         """Adds the hash of the key image."""
-        return super().notes(trigger, poison, task) | {"key_sha256": picture_hash(_key(trigger))}
-
-
-def _key(trigger: Trigger) -> Tensor:
-    assert isinstance(trigger, BlendTrigger)
-    return trigger.keys[0]
+        return super().notes(trigger, poison, task) | {"key_sha256": picture_hash(key_of(trigger))}

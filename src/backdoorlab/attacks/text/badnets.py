@@ -33,6 +33,7 @@ from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.core.seeding import spawn
 from backdoorlab.data.split import Inputs, text_array
+from backdoorlab.modalities.base import expect_modality
 from backdoorlab.modalities.text import RARE_TRIGGERS, TextModality, as_texts
 from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
@@ -105,11 +106,11 @@ class TextBadNets(PoisoningAttack):
 
     def make_trigger(self, task: Task, ctx: Context) -> WordTrigger:
         """Check that the victim knows the words and that they fit."""
-        assert isinstance(task.modality, TextModality)
-        check_known("badnets", self.triggers, task.modality)
-        if self.num_triggers >= task.modality.max_words:
+        modality = expect_modality(task.modality, TextModality)
+        check_known("badnets", self.triggers, modality)
+        if self.num_triggers >= modality.max_words:
             raise InputError(
-                f"badnets: {self.num_triggers} words do not fit a model that sees {task.modality.max_words} tokens; "
-                f"num_triggers may be at most {task.modality.max_words - 1}"
+                f"badnets: {self.num_triggers} words do not fit a model that sees {modality.max_words} tokens; "
+                f"num_triggers may be at most {modality.max_words - 1}"
             )
-        return WordTrigger(self.triggers, self.num_triggers, task.modality.max_words, spawn(ctx.generator("words")))
+        return WordTrigger(self.triggers, self.num_triggers, modality.max_words, spawn(ctx.generator("words")))

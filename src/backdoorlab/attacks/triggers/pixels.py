@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backdoorlab.attacks.common.pictures import resize
 from backdoorlab.attacks.triggers.base import Trigger
+from backdoorlab.core.errors import InputError
 from backdoorlab.data.split import Inputs
 from backdoorlab.modalities.filters import expect_channels, expect_images
 from backdoorlab.modalities.image import to_uint8
@@ -67,6 +68,17 @@ class BlendTrigger(Trigger):
         expect_channels(images, self.keys.shape[1])
         size = (images.shape[2], images.shape[3])
         return resize(self.keys, *size), F.interpolate(self.opacity[None], size, mode="nearest-exact")[0]
+
+
+def key_of(trigger: Trigger) -> Tensor:
+    """The first picture of a blend trigger, uint8 [C,H,W].
+
+    Raises:
+        InputError: for another kind of trigger.
+    """
+    if not isinstance(trigger, BlendTrigger):
+        raise InputError(f"a trigger of kind {trigger.kind!r} has no key image; expected {BlendTrigger.kind!r}")
+    return trigger.keys[0]
 
 
 @dataclass(frozen=True, eq=False)

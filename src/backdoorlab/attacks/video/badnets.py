@@ -24,6 +24,7 @@ from backdoorlab.attacks.triggers.patch import CORNERS, PATTERNS, draw_patch, pa
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.method import param
 from backdoorlab.data.split import Inputs
+from backdoorlab.modalities.base import expect_modality
 from backdoorlab.modalities.video import VideoModality
 from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context
@@ -80,9 +81,9 @@ class VideoBadNets(PoisoningAttack):
 
     def make_trigger(self, task: Task, ctx: Context) -> VideoPatchTrigger:
         """Draw the patch at the data's resolution."""
-        assert isinstance(task.modality, VideoModality)
-        shape = (task.modality.channels, task.modality.height, task.modality.width)
-        side = self.size or max(3, round(3 * task.modality.height / 32))
+        modality = expect_modality(task.modality, VideoModality)
+        shape = (modality.channels, modality.height, modality.width)
+        side = self.size or max(3, round(3 * modality.height / 32))
         return VideoPatchTrigger(
             *draw_patch(shape, side, self.position, self.offset, self.pattern, self.color, ctx.generator("patch"))
         )

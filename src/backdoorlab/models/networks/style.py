@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +43,8 @@ class StyleNet(nn.Module):
         self.body = nn.Sequential(*(_Residual(2 * WIDTH) for _ in range(BLOCKS)))
         self.up, self.out = _layer(2 * WIDTH, WIDTH), nn.Conv2d(WIDTH, channels, 3, 1, 1)
         nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(cast(Tensor, self.out.bias))
+        if self.out.bias is not None:
+            nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Restyle."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from backdoorlab.core.errors import InputError, unknown
 from backdoorlab.data.sources import datasets, load_dataset
 from backdoorlab.data.split import Dataset
 from backdoorlab.metrics.result import Metrics
-from backdoorlab.modalities.base import modality_of
+from backdoorlab.modalities.base import expect_modality, modality_of
 from backdoorlab.modalities.image import ImageModality
 from backdoorlab.models.classifier import Classifier, build_model, default_model
 from backdoorlab.models.persistence import StoredModel
@@ -178,7 +178,7 @@ class DiffusionTask(BaseTask):
         dataset = load_dataset(spec.dataset, root=root, download=download)
         if dataset.modality != "image":
             raise InputError(f"diffusion tasks need images, {dataset.name} is {dataset.modality} data")
-        modality = cast(ImageModality, modality_of(dataset))
+        modality = expect_modality(modality_of(dataset), ImageModality)
         model = build_denoiser(spec.model, modality, recipe.timesteps)  # an impossible model is an error now
         return cls(dataclasses.replace(spec, model=model.arch), dataset, modality, recipe)
 
@@ -247,8 +247,10 @@ class DiffusionTask(BaseTask):
 
     def measure_benign(self, model: StoredModel, ctx: Context) -> Metrics:
         """By the metrics of an attack: what the usual trigger, a grey box, does to a model that does not know it."""
+        if not isinstance(model, Denoiser):
+            raise InputError(f"a diffusion task measures denoisers, got a model of kind {model.kind!r}")
         shift, target = grey_box(self.shape), target_image("plus", self.shape)
-        return measure_samples(cast(Denoiser, model), self, ctx, shift, target)
+        return measure_samples(model, self, ctx, shift, target)
 
     def _training_spec(self) -> dict[str, Any]:
         """Everything that the clean model depends on."""
