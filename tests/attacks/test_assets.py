@@ -23,13 +23,13 @@ import backdoorlab.attacks
 from attack_tools import bright_task, make
 from backdoorlab.attacks import Attack, PoisoningAttack, attacks
 from backdoorlab.attacks.common.assets import SELECTION, Asset, AssetMethod, asset
-from backdoorlab.attacks.common.surrogate import clean_surrogate, data_digest, surrogate_spec
+from backdoorlab.attacks.common.surrogate import clean_surrogate, surrogate_spec
 from backdoorlab.attacks.image import narcissus
 from backdoorlab.attacks.triggers.pixels import AdditiveTrigger
 from backdoorlab.core.errors import BackdoorLabError, InputError, NotApplicable
 from backdoorlab.core.method import param
 from backdoorlab.data.sources import load_dataset
-from backdoorlab.data.split import Split
+from backdoorlab.data.split import Split, content_digest
 from backdoorlab.tasks import Task
 from backdoorlab.training import Context
 from backdoorlab.training.context import MemoryAssets, Tensors
@@ -142,7 +142,7 @@ def another(attack: Attack, field: dataclasses.Field[Any], files: Path) -> Any:
         return value + 1
     if isinstance(value, float):
         return value * 0.75
-    return {"layer": "body.6", "colour": (9, 8, 7)}[field.name]
+    return {"layer": "body.6", "color": (9, 8, 7)}[field.name]
 
 
 @pytest.fixture(autouse=True)
@@ -287,9 +287,9 @@ def toy_key(attack: Toy, **arguments: Any) -> dict[str, Any]:
 def test_a_key_holds_arguments_and_hyper_parameters_by_their_values() -> None:
     train = bright_task().train
     assert toy_key(Toy()) == {
-        "images": data_digest(train.inputs, train.labels),
+        "images": content_digest(train.inputs, train.labels),
         "side": 2,
-        "shift": data_digest(ZERO, torch.zeros(0, dtype=torch.int64)),
+        "shift": content_digest(ZERO, torch.zeros(0, dtype=torch.int64)),
         "note": "usual",
         "target": 0,
         "level": 3.0,

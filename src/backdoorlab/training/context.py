@@ -96,7 +96,13 @@ class Context:
         """The same context with a seed derived for a sub-stage."""
         return dataclasses.replace(self, seed=derive_seed(self.seed, *names))
 
-    def asset(self, kind: str, spec: Mapping[str, Any], build: Callable[[Context], Tensors]) -> Tensors:
+    def asset(
+        self,
+        kind: str,
+        spec: Mapping[str, Any],
+        build: Callable[[Context], Tensors],
+        unseeded: Mapping[str, Any] | None = None,
+    ) -> Tensors:
         """Named tensors made once per (kind, spec) and shared by all runs.
 
         Args:
@@ -104,9 +110,10 @@ class Context:
             spec: JSON-able; everything that the result depends on. The run's seed is *not* part of it: ``build``
                 receives a context whose seed is derived from the spec.
             build: makes the tensors.
+            unseeded: more that the result depends on, which tells apart what is kept but does not change the seed.
         """
         seeded = dataclasses.replace(self, seed=derive_seed(0, kind, json.dumps(spec, sort_keys=True)))
-        return self.assets.get(kind, spec, lambda: build(seeded))
+        return self.assets.get(kind, {**spec, **(unseeded or {})}, lambda: build(seeded))
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Iterate with a progress bar."""

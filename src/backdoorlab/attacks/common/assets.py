@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from backdoorlab.attacks.base import Attack
-from backdoorlab.attacks.common.surrogate import asset_tensor, data_digest, load_weights, surrogate_spec
-from backdoorlab.core.errors import BackdoorLabError
+from backdoorlab.attacks.common.surrogate import asset_tensor, load_weights, surrogate_spec
+from backdoorlab.core.errors import BackdoorLabError, InputError
 from backdoorlab.core.seeding import isolated_rng
-from backdoorlab.data.split import Split
+from backdoorlab.data.split import Split, content_digest
 from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, Tensors
 
@@ -117,7 +117,11 @@ class AssetMethod(Generic[A, P]):
             raise BackdoorLabError(f"{attack.name}: the asset {self.kind} is not among the class's asset_kinds")
         spec, closed = self._spec(attack, ctx, *args, **kwargs)
         guarded = _guarded(attack, self.kind, closed)
-        return Asset(self.kind, ctx.asset(self.kind, spec, lambda own: self.build(guarded, own, *args, **kwargs)))
+
+        def build(asset_ctx: Context) -> Tensors:
+            return self.build(guarded, asset_ctx, *args, **kwargs)
+
+        return Asset(self.kind, ctx.asset(self.kind, spec, build, unseeded=_code(attack)))
 
     def spec(self, attack: A, ctx: Context, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
         """Everything that the asset depends on, JSON-able: its key, and where its seed comes from."""
@@ -170,15 +174,23 @@ def _entries(name: str, value: object) -> dict[str, Any]:
     if isinstance(value, Task):
         return surrogate_spec(value) if name == "task" else {name: surrogate_spec(value)}
     if isinstance(value, Split):
-        return {name: data_digest(value.inputs, value.labels)}
+        return {name: content_digest(value.inputs, value.labels)}
     if isinstance(value, Tensor):
-        return {name: data_digest(value, torch.zeros(0, dtype=torch.int64))}
+        return {name: content_digest(value, torch.zeros(0, dtype=torch.int64))}
     return {name: value}
+
+
+def _code(attack: Attack) -> dict[str, str]:
+    """What tells apart assets of an attack whose code was changed."""
+    try:
+        return {"code digest": getattr(type(attack), "_unguarded", type(attack)).code_digest()}
+    except InputError:  # typed in, not in a file: the benchmark, which keeps assets, refuses such a class
+        return {}
 
 
 def _guarded(attack: A, kind: str, closed: frozenset[str]) -> A:
     """The same attack, of whose hyper-parameters some cannot be read."""
-    plain = type(attack)
+    plain, original = type(attack), getattr(type(attack), "_unguarded", type(attack))
 
     def read(self: object, name: str) -> Any:
         if name in closed:
@@ -188,7 +200,7 @@ def _guarded(attack: A, kind: str, closed: frozenset[str]) -> A:
             )
         return plain.__getattribute__(self, name)
 
-    names = {"__module__": plain.__module__, "__doc__": plain.__doc__, "__getattribute__": read}
+    names = {"__module__": plain.__module__, "__doc__": plain.__doc__, "__getattribute__": read, "_unguarded": original}
     guarded: object = object.__new__(type(plain.__name__, (plain,), names))
     guarded.__dict__.update(vars(attack))
     return cast(A, guarded)

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from backdoorlab.core.errors import InputError
-from backdoorlab.data.split import Inputs, pack_inputs
+from backdoorlab.data.split import content_digest
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.tasks import Task
 from backdoorlab.training.context import Context, Tensors
-
-
-def data_digest(inputs: Inputs, labels: Tensor) -> str:
-    """Short SHA-256 of samples and labels: two data sets that merely share a name do not share a surrogate."""
-    digest = hashlib.sha256()
-    for tensor in (*pack_inputs(inputs).values(), labels):
-        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
-    return digest.hexdigest()[:16]
 
 
 def surrogate_spec(task: Task) -> dict[str, Any]:
     """Everything that a model trained on the clean task depends on, JSON-able; the run's seed is not part of it."""
     return {
         "dataset": dataclasses.asdict(task.spec.dataset),
-        "data": data_digest(task.train.inputs, task.train.labels),
+        "data": content_digest(task.train.inputs, task.train.labels),
         "modality": {"name": task.modality.name, **task.modality.config()},
         "model": task.spec.model,
         "recipe": dataclasses.asdict(task.recipe),
