@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,7 @@ from backdoorlab.benchmark.card import Card
 from backdoorlab.benchmark.spec import CONTRACT
 from backdoorlab.core.canonical import canonical
 from backdoorlab.core.instructions import onednn_limit
+from backdoorlab.models.passes import Passes, counted
 from backdoorlab.training.context import fast_bf16
 
 _PACKAGES = (
@@ -49,6 +51,7 @@ class Meter:
     def __init__(self, device: torch.device | None = None, interval: float = 0.05) -> None:
         self.device, self.interval = device or torch.device("cpu"), interval
         self.seconds: dict[str, float] = {}
+        self.passes: dict[str, Passes] = {}
         self.peak = 0.0
         self.device_peak: float | None = None
 
@@ -63,8 +66,12 @@ class Meter:
         started = time.perf_counter()
         watcher.start()
         try:
-            yield
+            with counted() as passes:
+                yield
         finally:
+            if (before := self.passes.get(name)) is not None:
+                passes = Passes(before.forward + passes.forward, before.backward + passes.backward)
+            self.passes[name] = passes
             if cuda:
                 torch.cuda.synchronize(self.device)
                 self.device_peak = max(self.device_peak or 0.0, torch.cuda.max_memory_allocated(self.device) / 2**20)
@@ -77,6 +84,11 @@ class Meter:
         while not ended:
             ended = stop.wait(self.interval)
             self.peak = max(self.peak, process.memory_info().rss / 2**20)
+
+    def notes(self) -> dict[str, Any]:
+        """For a card: samples that went through classifiers, forward and backward, in each part that used any."""
+        used = {name: asdict(passes) for name, passes in self.passes.items() if passes.forward}
+        return {"passes": used} if used else {}
 
     def fields(self) -> dict[str, Any]:
         """The measured fields of a card."""

@@ -48,7 +48,7 @@ class RunResult:
     Attributes:
         card: of the experiment's own stage.
         reused: whether that card was in the store already.
-        base: the attack (or benign) stage that a defense stands on, as it was run or found for it; None for such a
+        base: the attack (or benign) stage that a defense builds on, as it was run or found for it; None for such a
             stage itself, and where the defense was in the store, so that its base was not looked at.
     """
 
@@ -115,7 +115,7 @@ class Runner:
 
         Args:
             experiment: what to run, resolved or not.
-            fresh: do the work of its own stage (not of what a defense stands on) again even if it was done before.
+            fresh: do the work of its own stage (not of what a defense builds on) again even if it was done before.
 
         Returns:
             The card, an existing one if the work was done before.
@@ -305,7 +305,11 @@ class Runner:
                 {"stage": resolved.stage, "key": resolved.key, "status": status, "reason": reason}
                 | {"spec": resolved.spec, "parents": [parent.id for parent in parents]}
                 | {"metrics": dict(measured.metrics), "null_reasons": dict(measured.metrics.reasons)}
-                | {"notes": measured.notes, "modality": resolved.task.methods, "changed": resolved.changed}
+                | {
+                    "notes": measured.notes | work.meter.notes(),
+                    "modality": resolved.task.methods,
+                    "changed": resolved.changed,
+                }
                 | {"command": command_of(resolved)}
                 | work.meter.fields()
                 | environment(self.device)

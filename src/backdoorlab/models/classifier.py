@@ -13,6 +13,7 @@ from backdoorlab.core.errors import InputError, nearest
 from backdoorlab.core.registry import Registry
 from backdoorlab.core.seeding import derive_seed, isolated_rng
 from backdoorlab.modalities.base import Modality, modality_from_config
+from backdoorlab.models.passes import count
 from backdoorlab.models.persistence import StoredModel
 
 
@@ -51,6 +52,7 @@ class Classifier(StoredModel):
         if self.normalises:
             inputs = (inputs - self.mean) / self.std
         logits: Tensor = self.net(inputs)
+        count(logits)
         return logits
 
     def record(self) -> dict[str, Any]:
