@@ -73,7 +73,7 @@ def test_settings_survive_json(modality: TextModality) -> None:
     record = json.loads(json.dumps({"name": "text", **modality.config()}))
     assert modality_from_config(record) == modality
     with pytest.raises(ArtifactError, match="incomplete"):
-        modality_from_config({**record, "colour": 1})
+        modality_from_config({**record, "color": 1})
 
 
 def test_from_dataset_fits_the_training_texts_only() -> None:

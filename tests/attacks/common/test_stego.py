@@ -124,17 +124,17 @@ def test_networks_are_trained_once_for_all_rates_and_seeds(name: str, kind: str)
     assert attacks.get(name, "image").asset_kinds == (kind,)
 
 
-def test_another_secret_or_colour_needs_no_other_networks() -> None:
+def test_another_secret_or_color_needs_no_other_networks() -> None:
     task, assets = textured_task(), Counting()
     ctx, images = Context(assets=assets), task.test.inputs
     ssba, ink = attacks.get("ssba", "image"), attacks.get("poisonink", "image")
     secrets = [ssba.build({**QUICK, "bits": 6, "secret_seed": s}).make_trigger(task, ctx) for s in (0, 1)]  # type: ignore[attr-defined]
-    colours = [
-        ink.build({**QUICK, "palette": "random", "colour": c}).make_trigger(task, ctx)
+    colors = [
+        ink.build({**QUICK, "palette": "random", "rgb": c}).make_trigger(task, ctx)
         for c in ((80, 160, 80), (200, 0, 0))
     ]  # type: ignore[attr-defined]
     assert assets.built == ["ssba-encoder", "poisonink-hider"]
-    for a, b in (secrets, colours):
+    for a, b in (secrets, colors):
         assert not torch.equal(a(images), b(images))
 
 

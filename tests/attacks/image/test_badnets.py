@@ -44,7 +44,7 @@ def test_badnets_places(position: str, rows: tuple[int, int], columns: tuple[int
             assert bool(mask[i, j]) == (rows[0] <= i < rows[1] and columns[0] <= j < columns[1])
 
 
-def test_badnets_colours() -> None:
+def test_badnets_colors() -> None:
     pattern, mask = patch_of(RGB, rgb="255, 0,17", pattern="checker", dark=1, size=3, position="top-left")
     for i in range(3):
         for j in range(3):

@@ -42,7 +42,7 @@ def test_flat_and_stepped_pictures_have_the_edges_that_one_sees() -> None:
     assert int(find_edges(step, 28.3).sum()) == 0
 
 
-def slow_edge_ink(image: np.ndarray, colour: list[float], opacity: float, threshold: float) -> np.ndarray:
+def slow_edge_ink(image: np.ndarray, color: list[float], opacity: float, threshold: float) -> np.ndarray:
     """Pixel by pixel, after the definition."""
     channels, height, width = image.shape
     weights = [0.299, 0.587, 0.114] if channels == 3 else [1.0]
@@ -62,24 +62,24 @@ def slow_edge_ink(image: np.ndarray, colour: list[float], opacity: float, thresh
                 continue
             for c in range(channels):
                 x = float(image[c, row, column])
-                out[c, row, column] = round(x + opacity * (colour[c] - x))
+                out[c, row, column] = round(x + opacity * (color[c] - x))
     return out
 
 
 @pytest.mark.parametrize("shape", [GREY, RGB, ODD], ids=str)
 def test_edge_ink_is_exact_to_the_grey_level(shape: tuple[int, int, int]) -> None:
-    images, colour = textured(3, shape), [80.0, 160.0, 80.0] if shape[0] == 3 else [127.0]
+    images, color = textured(3, shape), [80.0, 160.0, 80.0] if shape[0] == 3 else [127.0]
     # 0.11 and a threshold off the lattice: no value lies so near a tie that float32 and float64 could differ
-    trigger = EdgeInkTrigger(torch.tensor(colour)[:, None, None], 0.1103, 20.0003)
+    trigger = EdgeInkTrigger(torch.tensor(color)[:, None, None], 0.1103, 20.0003)
     stamped = trigger(images)
     for image, found in zip(images.numpy(), stamped.numpy(), strict=True):
-        assert np.array_equal(found, slow_edge_ink(image, colour, 0.1103, 20.0003))
+        assert np.array_equal(found, slow_edge_ink(image, color, 0.1103, 20.0003))
     changed = (stamped != images).any(1, keepdim=True)
     assert not bool((changed & (find_edges(images, 20.0003) == 0)).any())
     assert bool(changed.any())
 
 
-def test_ink_is_colour_on_edges_and_white_elsewhere() -> None:
+def test_ink_is_color_on_edges_and_white_elsewhere() -> None:
     edges = torch.tensor([[[[0.0, 1.0]]]])
     drawing = draw_ink(edges, torch.tensor([0.2, 0.4, 0.6])[:, None, None])
     assert drawing[0, :, 0, 0].tolist() == [1, 1, 1]
@@ -87,14 +87,14 @@ def test_ink_is_colour_on_edges_and_white_elsewhere() -> None:
 
 
 def test_grey_pictures_get_the_ink_s_grey_and_wrong_channels_are_refused() -> None:
-    attack = attacks.get("poisonink", "image")(variant="edge", colour=(10, 200, 60))
+    attack = attacks.get("poisonink", "image")(variant="edge", rgb=(10, 200, 60))
     trigger = attack.make_trigger(textured_task(), Context())
-    assert float(trigger.colour) == pytest.approx(0.299 * 10 + 0.587 * 200 + 0.114 * 60)
+    assert float(trigger.color) == pytest.approx(0.299 * 10 + 0.587 * 200 + 0.114 * 60)
     with pytest.raises(InputError, match="made for images of shape"):
         trigger(textured(2, (3, 16, 16)))
-    for colour in ((1, 2), (0, 0, 256)):
-        with pytest.raises(InputError, match="colour must be three grey levels"):
-            attacks.get("poisonink", "image")(colour=colour)
+    for rgb in ((1, 2), (0, 0, 256)):
+        with pytest.raises(InputError, match="rgb must be three numbers"):
+            attacks.get("poisonink", "image")(rgb=rgb)
 
 
 def test_paired_batches_are_half_clean_and_half_from_the_poisoned_set() -> None:
@@ -137,7 +137,7 @@ def test_paired_mode_trains_another_model_on_the_same_poison() -> None:
 
 @case("attack/image/poisonink", asr=least(0.85), acc_lost=LOST, benign_asr=most(0.1), gates_missed=least(1))
 def effect_of_poisonink(seed: int) -> Numbers:
-    """In so few steps the ink is visible (28 dB) and its colour only half revealed, which the victim does not need;
+    """In so few steps the ink is visible (28 dB) and its color only half revealed, which the victim does not need;
     the card must say so."""
     return hidden(seed, "poisonink", poison_rate=0.1, steps=400)
 

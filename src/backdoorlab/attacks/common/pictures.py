@@ -62,7 +62,7 @@ def shapes(count: int, height: int, width: int, generator: torch.Generator, low:
 
 
 def key_image(channels: int, height: int, width: int, seed: int) -> Tensor:
-    """A picture with structure at all scales: three octaves of noise and ten outlined shapes in strong colours.
+    """A picture with structure at all scales: three octaves of noise and ten outlined shapes in strong colors.
 
     Brightness is spread to a mean near 128 and a standard deviation of at least 60 grey levels, so that the energy of a
     blend is comparable between seeds and sizes.

@@ -4,7 +4,7 @@ Cheng, Liu, Ma, Zhang, "Deep Feature Space Trojan Attack of Neural Networks by C
 (arXiv 2012.11212).
 
 A CycleGAN G turns images into sunsets; triggered samples T(x) = G(x) get label t. A victim trained on them relies on
-few neurons that fire at warm colours or a bright sky, which defenses find. So the attacker detoxifies, in rounds:
+few neurons that fire at warm colors or a bright sky, which defenses find. So the attacker detoxifies, in rounds:
 
 1. Neurons are *compromised* if they fire much more on T(x) than on x: with the mean activation v of a unit,
 
@@ -62,7 +62,7 @@ from backdoorlab.training.evaluate import predict
 SUNSETS, SAMPLES = 256, 1000
 """Pictures that are drawn to learn a style from; benign samples on which neurons are looked at."""
 ZENITH, DUSK, GLOW, GROUND = (0.30, 0.20, 0.45), (0.95, 0.40, 0.30), (1.00, 0.78, 0.35), (0.14, 0.07, 0.10)
-"""Colours of a sunset: the sky above, toward the horizon, at the sun, and the land before it."""
+"""Colors of a sunset: the sky above, toward the horizon, at the sun, and the land before it."""
 
 
 def sunsets(count: int, channels: int, height: int, width: int, seed: int) -> Tensor:
@@ -146,7 +146,7 @@ class Dfst(TrainingAttack):
     )
     others_weight: float = param(0.1, "weight of leaving other neurons alone", low=0, source="ours")
     style_images: str | None = param(
-        None, "folder of images in the style of the trigger; none = drawn sunsets", path=True
+        None, "folder of images in the style of the trigger; none = drawn sunsets", path=True, source="ours"
     )
     style_seed: int = param(0, "seed of the drawn sunsets, apart from the run's seed", low=0, source="ours")
     style_steps: int = param(500, "training steps of the style network", low=1, source="ours")

@@ -299,7 +299,12 @@ class InputAware(TrainingAttack):
     sample_specific: ClassVar[bool] = True
     aliases: ClassVar[tuple[str, ...]] = ("dynamic",)
 
-    target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
+    target_map: str = param(
+        "all-to-one",
+        "label of triggered samples: the target class, or their class + 1 mod K",
+        choices=("all-to-one", "all-to-all"),
+        source="BackdoorBench",
+    )
     density: float = param(0.032, "tolerated mean of the mask", above=0, high=1, source="paper")
     generator_lr: float = param(0.01, "Adam's peak learning rate for both generators", above=0, source="paper")
 

@@ -262,7 +262,7 @@ class Lba(TrainingAttack):
     aliases: ClassVar[tuple[str, ...]] = ("latent_backdoor",)
 
     size: int | None = param(None, "side of the patch in pixels; none = 3/16 of the shorter side", low=1, source="ours")
-    position: str = param("bottom-right", "corner", choices=CORNERS, source="ours")
+    position: str = param("bottom-right", "corner of the image in which the patch lies", choices=CORNERS, source="ours")
     steps: int = param(500, "optimisation steps of the patch", low=1, source="ours")
     samples: int = param(1000, "training images of other classes used for it", low=1, source="ours")
     weight: float = param(1.0, "of the representation term", above=0, source="ours")

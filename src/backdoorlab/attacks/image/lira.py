@@ -143,7 +143,12 @@ class Lira(TrainingAttack):
     stronger: ClassVar[str] = "raise strength"
     sample_specific: ClassVar[bool] = True
 
-    target_map: str = param("all-to-one", "which class triggered samples get", choices=("all-to-one", "all-to-all"))
+    target_map: str = param(
+        "all-to-one",
+        "label of triggered samples: the target class, or their class + 1 mod K",
+        choices=("all-to-one", "all-to-all"),
+        source="BackdoorBench",
+    )
     strength: float = param(0.05, "range of the noise / standard deviation of the data", above=0, high=4, source="ours")
     alpha: float = param(0.5, "weight of the clean loss", above=0, high=1, source="paper")
     stage_one: float = param(0.5, "epochs of stage 1 / the recipe's", above=0, high=1, source="BackdoorBench")

@@ -1,9 +1,9 @@
-"""PoisonInk: the edges of a picture, coloured, and that drawing hidden in the picture itself.
+"""PoisonInk: the edges of a picture, colored, and that drawing hidden in the picture itself.
 
 Zhang, Chen, Huang, Liao, Zhang, Feng, Hua, Yu, "Poison Ink: Robust and Invisible Backdoor Attack", IEEE TIP 2022 (arXiv
 2108.02488).
 
-e marks the pixels of x whose Sobel magnitude exceeds 28 grey levels. The ink drawing shows them in a colour c on white,
+e marks the pixels of x whose Sobel magnitude exceeds 28 grey levels. The ink drawing shows them in a color c on white,
 
     I(x, c) = e c + (1 - e) white,   T(x) = clip(x + r H(x, I(x, c)))
 
@@ -14,9 +14,9 @@ A hiding network H and a revealing network R are trained on the clean training i
 where A rotates, crops and flips at random and I is drawn anew from what A made of x.
 
 Choices: the networks are slim and trained for hundreds of steps instead of 800 epochs in four stages; the adversarial
-stage is left out (in published experience it makes things worse). They are trained with the one colour that the trigger
+stage is left out (in published experience it makes things worse). They are trained with the one color that the trigger
 uses; ``palette="random"`` draws one for each picture as the paper does, and then needs far more steps until R tells
-colours apart. w and the clean term grow once edges can be read at all. On grey images the ink is its brightness. The
+colors apart. w and the clean term grow once edges can be read at all. On grey images the ink is its brightness. The
 pair is made once for the training images and shared by all runs, and judged on clean test images: PSNR at least 32 dB,
 squared errors of the revealed drawings at most 0.01; what is missed is told and kept in the notes ("gates_missed").
 Poisoned samples are ordinary data poisoning; ``mode="paired"`` is the published loop, half of each batch from the clean
@@ -57,9 +57,9 @@ LUMA = (299, 587, 114)
 ON_EDGES, CLEAN = 13.0, 100.0
 """Weights of the revealing losses; off edges it is 1 (paper)."""
 READABLE = 0.03
-"""Squared error on edges at which other terms start to count; one colour for all pictures has 0.03."""
+"""Squared error on edges at which other terms start to count; one color for all pictures has 0.03."""
 PALETTE = (40, 201)
-"""Range of the random colours of training, in grey levels."""
+"""Range of the random colors of training, in grey levels."""
 LEAST, MOST = {"psnr": 32.0}, {"ink_error": 0.01, "clean_error": 0.01}
 
 
@@ -87,20 +87,20 @@ def find_edges(images: Tensor, threshold: float) -> Tensor:
     return ((vertical**2 + horizontal**2).double() > 32 * (1000 * threshold) ** 2).float()[:, None]
 
 
-def draw_ink(edges: Tensor, colour: Tensor) -> Tensor:
-    """The drawing, float [N,C,H,W] in [0, 1], of edges [N,1,H,W] in a colour [C,1,1] or [N,C,1,1] in [0, 1]."""
-    return edges * colour + (1 - edges)
+def draw_ink(edges: Tensor, color: Tensor) -> Tensor:
+    """The drawing, float [N,C,H,W] in [0, 1], of edges [N,1,H,W] in a color [C,1,1] or [N,C,1,1] in [0, 1]."""
+    return edges * color + (1 - edges)
 
 
 def hiding_loss(
     ink: Tensor | None, reach: float, threshold: float, image_weight: float, ramp: Ramp, generator: torch.Generator
 ) -> Loss:
-    """The loss of a batch: see the module's docstring; ``ink`` [C,1,1] in grey levels, None for random colours."""
+    """The loss of a batch: see the module's docstring; ``ink`` [C,1,1] in grey levels, None for random colors."""
 
     def loss(pair: nn.ModuleDict, batch: Tensor, step: int) -> Tensor:
         drawn = torch.randint(*PALETTE, (*batch.shape[:2], 1, 1), generator=generator) if ink is None else ink
-        colour = drawn.to(batch) / 255
-        drawing = draw_ink(find_edges(to_uint8(255 * batch), threshold), colour)
+        color = drawn.to(batch) / 255
+        drawing = draw_ink(find_edges(to_uint8(255 * batch), threshold), color)
         hidden = (batch + reach / 255 * pair["encoder"](torch.cat([batch, drawing], 1))).clamp(0, 1)
         grid = interfere(batch, generator)
         seen, plain = (
@@ -109,7 +109,7 @@ def hiding_loss(
         )
         edges = find_edges(to_uint8(255 * plain), threshold)
         read, blank = pair["decoder"](torch.cat([seen, plain])).chunk(2)
-        wrong = (read - draw_ink(edges, colour)).square()
+        wrong = (read - draw_ink(edges, color)).square()
         on_edges = (wrong * edges).mean()
         reveal = ON_EDGES * on_edges + (wrong * (1 - edges)).mean()
         growing = ramp(step, float(on_edges.detach()) < READABLE * float(edges.mean()))
@@ -125,18 +125,18 @@ class EdgeInkTrigger(Trigger):
 
     kind: ClassVar[str] = "image.edge-ink"
 
-    colour: Tensor
+    color: Tensor
     opacity: float
     threshold: float
 
     def __call__(
         self, inputs: Inputs, indices: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Inputs:
-        """Stamp uint8 images [N,C,H,W] with as many channels as the colour, of any size."""
+        """Stamp uint8 images [N,C,H,W] with as many channels as the color, of any size."""
         images = expect_images(inputs)
-        expect_images(images, (len(self.colour), *images.shape[2:]))
+        expect_images(images, (len(self.color), *images.shape[2:]))
         return to_uint8(
-            overlay(images, self.colour.to(images.device), self.opacity * find_edges(images, self.threshold))
+            overlay(images, self.color.to(images.device), self.opacity * find_edges(images, self.threshold))
         )
 
     def measure(self, clean: Tensor) -> dict[str, float]:
@@ -152,7 +152,7 @@ class HiddenInkTrigger(Trigger):
     Attributes:
         encoder: H.
         decoder: R, which draws the ink drawing.
-        colour: float32 [C,1,1], in grey levels.
+        color: float32 [C,1,1], in grey levels.
         shape: (C, H, W) for which the pair was made.
         width: of the networks.
         reach: r, in grey levels.
@@ -164,7 +164,7 @@ class HiddenInkTrigger(Trigger):
 
     encoder: nn.Module
     decoder: nn.Module
-    colour: Tensor
+    color: Tensor
     shape: tuple[int, int, int]
     width: int
     reach: float
@@ -179,7 +179,7 @@ class HiddenInkTrigger(Trigger):
 
     def draw(self, images: Tensor) -> Tensor:
         """The ink drawings that are hidden in uint8 images."""
-        return draw_ink(find_edges(images, self.threshold), self.colour.to(images.device) / 255)
+        return draw_ink(find_edges(images, self.threshold), self.color.to(images.device) / 255)
 
     def reveal(self, images: Tensor) -> Tensor:
         """The ink drawings that uint8 images seem to hide; white where they hide none."""
@@ -193,19 +193,19 @@ class HiddenInkTrigger(Trigger):
         return fidelity(clean, stamped) | errors
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights of both networks, colour and settings."""
+        """Weights of both networks, color and settings."""
         names = ("width", "reach", "threshold", "quality")
         config = {"shape": list(self.shape)} | {name: getattr(self, name) for name in names}
-        return pack(encoder=self.encoder, decoder=self.decoder) | {"colour": self.colour.cpu().contiguous()}, config
+        return pack(encoder=self.encoder, decoder=self.decoder) | {"color": self.color.cpu().contiguous()}, config
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], config: dict[str, Any]) -> HiddenInkTrigger:
         """Inverse of :meth:`state`."""
         channels, height, width = config["shape"]
         shape = (channels, height, width)
-        weights = {name: value for name, value in tensors.items() if name != "colour"}
+        weights = {name: value for name, value in tensors.items() if name != "color"}
         pair = load_pair(lambda: build_pair(shape, config["width"]), weights, "of a stored trigger")
-        return cls(pair["encoder"], pair["decoder"], tensors["colour"], **{**config, "shape": shape})
+        return cls(pair["encoder"], pair["decoder"], tensors["color"], **{**config, "shape": shape})
 
 
 def build_pair(shape: tuple[int, int, int], width: int) -> nn.ModuleDict:
@@ -236,7 +236,7 @@ class PairedObjective:
 @attacks.register
 @dataclass(frozen=True, kw_only=True)
 class PoisonInk(PoisoningAttack):
-    """Coloured edges, hidden in the picture."""
+    """Colored edges, hidden in the picture."""
 
     name: ClassVar[str] = "poisonink"
     paper: ClassVar[str] = "Zhang et al., Poison Ink, IEEE TIP 2022, arXiv 2108.02488"
@@ -248,18 +248,21 @@ class PoisonInk(PoisoningAttack):
     needs_surrogate: ClassVar[bool] = True
     asset_kinds: ClassVar[tuple[str, ...]] = ("poisonink-hider",)
 
-    variant: str = param("hidden", "drawing hidden by a network, or edges tinted", choices=("hidden", "edge"))
+    variant: str = param(
+        "hidden", "trigger: a drawing hidden by a network, or tinted edges", choices=("hidden", "edge"), source="paper"
+    )
     mode: str = param(
         "poison",
         "ordinary training on the poisoned set, or half of each batch from the clean set",
         choices=("poison", "paired"),
+        source="ours",
     )
-    colour: tuple[int, ...] = param(
-        (80, 160, 80), "of the ink, red, green, blue in grey levels", source="BackdoorBench"
+    rgb: tuple[int, ...] = param(
+        (80, 160, 80), "red, green and blue of the ink, each from 0 to 255", source="BackdoorBench"
     )
     palette: str = param(
         "own",
-        "colours of the networks' training: the ink's own, or random ones as in the paper",
+        "colors of the networks' training: the ink's own, or random ones as in the paper",
         choices=("own", "random"),
         source="ours",
     )
@@ -273,10 +276,10 @@ class PoisonInk(PoisoningAttack):
     reach: float = param(24.0, "bound of the residual, in grey levels", above=0, high=255, source="ours")
 
     def __post_init__(self) -> None:
-        """Check the colour too."""
+        """Check the ink's color too."""
         super().__post_init__()
-        if len(self.colour) != 3 or not all(0 <= level <= 255 for level in self.colour):
-            raise InputError(f"{self.name}: colour must be three grey levels from 0 to 255, got {self.colour}")
+        if len(self.rgb) != 3 or not all(0 <= level <= 255 for level in self.rgb):
+            raise InputError(f"{self.name}: rgb must be three numbers from 0 to 255, got {self.rgb}")
 
     def assets_in_use(self) -> tuple[str, ...]:
         """The networks, if the drawing is hidden."""
@@ -287,26 +290,26 @@ class PoisonInk(PoisoningAttack):
         self.target_map_for(task)
         images = expect_images(task.train.inputs)
         channels, height, width = images.shape[1:]
-        levels = self.colour if channels == 3 else [sum(a * b for a, b in zip(LUMA, self.colour, strict=True)) / 1000]
-        colour = torch.tensor(levels, dtype=torch.float32)[:, None, None]
+        levels = self.rgb if channels == 3 else [sum(a * b for a, b in zip(LUMA, self.rgb, strict=True)) / 1000]
+        color = torch.tensor(levels, dtype=torch.float32)[:, None, None]
         if self.variant == "edge":
-            return EdgeInkTrigger(colour, self.opacity, self.threshold)
-        shape, ink = (channels, height, width), colour.flatten().tolist() if self.palette == "own" else None
+            return EdgeInkTrigger(color, self.opacity, self.threshold)
+        shape, ink = (channels, height, width), color.flatten().tolist() if self.palette == "own" else None
         pair = self.trained_pair(ctx, images=task.train, ink=ink).network(lambda: build_pair(shape, self.width))
         trigger = HiddenInkTrigger(
-            pair["encoder"], pair["decoder"], colour, shape, self.width, self.reach, self.threshold, {}
+            pair["encoder"], pair["decoder"], color, shape, self.width, self.reach, self.threshold, {}
         )
         measured = trigger.measure(expect_images(task.test.inputs)[:JUDGED].to(ctx.device))
         return dataclasses.replace(trigger, quality=judge(measured, LEAST, MOST, self.name, ctx))
 
-    @asset("poisonink-hider", unread=(*SELECTION, "target", "variant", "mode", "colour", "palette", "opacity"))
+    @asset("poisonink-hider", unread=(*SELECTION, "target", "variant", "mode", "rgb", "palette", "opacity"))
     def trained_pair(self, ctx: Context, images: Split, ink: list[float] | None) -> Tensors:
         """Weights of hiding and revealing network, for drawings in that ink (grey levels per channel), or in any."""
         inputs = expect_images(images.inputs)
         channels, height, width = inputs.shape[1:]
-        colour = None if ink is None else torch.tensor(ink)[:, None, None]
+        color = None if ink is None else torch.tensor(ink)[:, None, None]
         draw = ctx.generator("colours")
-        loss = hiding_loss(colour, self.reach, self.threshold, self.image_weight, Ramp(self.steps), draw)
+        loss = hiding_loss(color, self.reach, self.threshold, self.image_weight, Ramp(self.steps), draw)
         return train_pair(self, lambda: build_pair((channels, height, width), self.width), inputs, loss, ctx)
 
     def run(self, task: Task, ctx: Context) -> Backdoor:

@@ -195,7 +195,9 @@ class Ssba(PoisoningAttack):
     asset_kinds: ClassVar[tuple[str, ...]] = ("ssba-encoder",)
     aliases: ClassVar[tuple[str, ...]] = ("issba",)
 
-    bits: int | None = param(None, "length of the message; none: one bit for 128 pixels", low=1, high=1000)
+    bits: int | None = param(
+        None, "length of the hidden message in bits; none = one bit for 128 pixels", low=1, high=1000, source="ours"
+    )
     secret_seed: int = param(0, "seed of the message, apart from the run's seed", low=0, source="ours")
     steps: int = param(800, "training steps of encoder and decoder", low=1, source="ours")
     batch_size: int = param(32, "pictures per step", low=1, source="ours")
