@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import sys
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -142,7 +144,7 @@ def another(attack: Attack, field: dataclasses.Field[Any], files: Path) -> Any:
         return value + 1
     if isinstance(value, float):
         return value * 0.75
-    return {"layer": "body.6", "color": (9, 8, 7)}[field.name]
+    return {"layer": "body.6", "rgb": (9, 8, 7)}[field.name]
 
 
 @pytest.fixture(autouse=True)
@@ -376,6 +378,29 @@ def test_the_seed_follows_from_the_key() -> None:
 
     assert drawn(Toy(), 0) == drawn(Toy(), 1) == drawn(Toy(strength=2.0, poison_rate=0.3), 2)
     assert drawn(Toy(level=4.0), 0) != drawn(Toy(), 0)
+
+
+def test_changed_code_is_another_asset_of_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assets, train = Kept(), bright_task().train
+
+    def pattern() -> Tensors:
+        return Toy().pattern(Context(assets=assets), images=train, side=2, shift=ZERO).tensors
+
+    first = pattern()
+    assert pattern() is first
+    monkeypatch.setattr(Toy, "code_digest", classmethod(lambda cls: "another"))
+    second = pattern()
+    assert second is not first
+    assert torch.equal(first["drawn"], second["drawn"])
+
+
+def test_an_attack_that_was_typed_in_makes_assets_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {"Toy": Toy, "__name__": "typed_in"}
+    exec("class Typed(Toy):\n    pass", names)
+    monkeypatch.setitem(sys.modules, "typed_in", types.ModuleType("typed_in"))
+    with pytest.raises(InputError, match="typed in, not read from a file"):
+        names["Typed"].code_digest()
+    assert names["Typed"]().pattern(Context(), images=bright_task().train, side=2, shift=ZERO).tensors
 
 
 def test_a_file_is_in_the_key_by_its_content(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backdoorlab.core.errors import InputError, unknown
 from backdoorlab.data.sources import datasets, load_dataset
-from backdoorlab.data.split import Dataset
+from backdoorlab.data.split import Dataset, content_digest
 from backdoorlab.metrics.result import Metrics
 from backdoorlab.modalities.base import expect_modality, modality_of
 from backdoorlab.modalities.image import ImageModality
@@ -100,6 +100,9 @@ class DiffusionRecipe:
             precision=self.precision,
         )
 
+
+_LATER = ("name", "tune_steps", "tune_lr", "ddim_steps", "samples", "triggered_samples", "classifier_recipe")
+"""Fields of a recipe that the training of the clean model does not depend on."""
 
 RECIPES = {
     "reference": DiffusionRecipe(
@@ -209,7 +212,7 @@ class DiffusionTask(BaseTask):
             return _weights(model)
 
         model = self.build_model(context)
-        model.load_state_dict(context.asset("diffusion-clean", self._training_spec(), build))
+        model.load_state_dict(context.asset("diffusion-clean", self._training_spec(), build, self._data()))
         return model.eval()
 
     def clean_samples(self, context: Context) -> Tensor:
@@ -223,7 +226,7 @@ class DiffusionTask(BaseTask):
             return {"images": to_images(images)}
 
         spec = {**self._training_spec(), "samples": self.recipe.samples}
-        return context.asset("diffusion-clean-samples", spec, build)["images"]
+        return context.asset("diffusion-clean-samples", spec, build, self._data())["images"]
 
     def classifier(self, context: Context) -> Classifier:
         """A classifier of the same images, with which samples are measured; trained once for all runs."""
@@ -238,7 +241,7 @@ class DiffusionTask(BaseTask):
         spec = {"dataset": dataclasses.asdict(self.spec.dataset), "arch": arch, "recipe": dataclasses.asdict(recipe)}
         model = build_model(arch, self.modality, self.num_classes).to(context.device)
         # The kind of an asset seeds its training, so that another name would give another classifier.
-        model.load_state_dict(context.asset("diffusion-judge", spec, build))
+        model.load_state_dict(context.asset("diffusion-judge", spec, build, self._data()))
         return model.eval()
 
     def train_benign(self, ctx: Context) -> tuple[Denoiser, FitLog]:
@@ -252,9 +255,13 @@ class DiffusionTask(BaseTask):
         shift, target = grey_box(self.shape), target_image("plus", self.shape)
         return measure_samples(model, self, ctx, shift, target)
 
+    def _data(self) -> dict[str, str]:
+        """What tells apart data sets that share a specification, such as a folder whose pictures were exchanged."""
+        return {"data": content_digest(self.train.inputs, self.train.labels)}
+
     def _training_spec(self) -> dict[str, Any]:
         """Everything that the clean model depends on."""
-        recipe = {k: getattr(self.recipe, k) for k in ("timesteps", "steps", "lr", "batch_size", "precision")}
+        recipe = {name: value for name, value in dataclasses.asdict(self.recipe).items() if name not in _LATER}
         return {"dataset": dataclasses.asdict(self.spec.dataset), "model": self.spec.model, "recipe": recipe}
 
 
