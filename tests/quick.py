@@ -21,6 +21,8 @@ USUAL: dict[str, Any] = {
     "ascent_steps": 1,
     "isolation": 0.05,
     "min_steps": 2,
+    "rounds": 3,
+    "restarts": 2,
 }
 """Hyper-parameter -> value that suits 80 samples."""
 

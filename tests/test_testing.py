@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,8 +11,9 @@ import torch
 
 from backdoorlab import attacks, defenses
 from backdoorlab.attacks import PoisoningAttack, Trigger
-from backdoorlab.data.split import Poison
-from backdoorlab.defenses import DatasetDefense, DefenderView
+from backdoorlab.data.split import Inputs, Poison
+from backdoorlab.defenses import DatasetDefense, DefenderView, Defense, InputDefense, InputDetector, RepairDefense
+from backdoorlab.models import Classifier
 from backdoorlab.tasks import Task
 from backdoorlab.testing import check_attack, check_defense, check_trigger, tiny_task
 from backdoorlab.training import Context
@@ -79,6 +81,43 @@ class Careless(DatasetDefense):
         return scores > 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hooked(RepairDefense):
+    """Its effect lives in a hook, which no store keeps."""
+
+    name: ClassVar[str] = "hooked"
+    paper: ClassVar[str] = "none: made for this test"
+    year: ClassVar[int] = 2026
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+
+    def run(self, view: DefenderView, ctx: Context) -> Classifier:
+        repaired = copy.deepcopy(view.model)
+        repaired.register_forward_hook(lambda module, inputs, logits: logits + torch.arange(10))
+        return repaired
+
+
+class Crowded(InputDetector):
+    """Scores an input by those beside it."""
+
+    threshold = 0.0
+
+    def score(self, inputs: Inputs) -> torch.Tensor:
+        return torch.arange(len(inputs)).float() / len(inputs) + len(inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crowding(InputDefense):
+    """Makes that detector."""
+
+    name: ClassVar[str] = "crowding"
+    paper: ClassVar[str] = "none: made for this test"
+    year: ClassVar[int] = 2026
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+
+    def run(self, view: DefenderView, ctx: Context) -> InputDetector:
+        return Crowded()
+
+
 def test_what_keeps_its_promises_passes() -> None:
     check_trigger(Corner(), tiny_task().test.inputs)
     assert check_attack(CornerAttack(poison_rate=0.2)).notes["poisoned"] == 16
@@ -106,6 +145,15 @@ def test_a_broken_attack_is_named() -> None:
         check_attack(Mislabelling(poison_rate=0.2))
 
 
-def test_a_broken_defense_is_named() -> None:
-    with pytest.raises(AssertionError, match="the model was changed"):
-        check_defense(Careless())
+@pytest.mark.parametrize(
+    ("defense", "words"),
+    [
+        (Careless(), "the model was changed"),
+        (Hooked(), "the model is another one after storage"),
+        (Crowding(), "depends on the others in its batch"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Defense) else "",
+)
+def test_a_broken_defense_is_named(defense: Defense, words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        check_defense(defense)

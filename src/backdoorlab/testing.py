@@ -13,9 +13,11 @@ modality is made here unless one is given.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +32,11 @@ from backdoorlab.attacks.triggers.base import Trigger, load_trigger, stamp_all
 from backdoorlab.core.errors import InputError, NotApplicable
 from backdoorlab.core.method import Method
 from backdoorlab.data.sources import DatasetSpec
-from backdoorlab.data.split import BACKDOOR, COVER, Inputs, Poison, take
+from backdoorlab.data.split import BACKDOOR, COVER, Inputs, Poison, Split, take
 from backdoorlab.defenses.base import Defense, InputDetector, Outcome, Repair, ScanReport, Screening, TrainingReport
 from backdoorlab.defenses.view import DefenderView
 from backdoorlab.models.classifier import Classifier
+from backdoorlab.models.persistence import restore_model
 from backdoorlab.tasks import Task, TaskSpec
 from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict
@@ -119,6 +122,7 @@ def check_poison(attack: ClassificationAttack, task: Task, poison: Poison) -> No
     )
     assert bool((backdoor | cover).all()), f"{attack.name}: a touched sample is neither backdoor nor cover"
     assert len(set(poison.indices.tolist())) == len(poison) == len(poison.inputs), f"{attack.name}: a row occurs twice"
+    assert poison.inputs.dtype == task.train.inputs.dtype, f"{attack.name}: samples of dtype {poison.inputs.dtype}"
     true = task.train.labels[poison.indices]
     assert torch.equal(poison.labels[cover], true[cover]), f"{attack.name}: a cover sample lost its true label"
     if attack.label_mode == "clean":
@@ -129,6 +133,7 @@ def check_poison(attack: ClassificationAttack, task: Task, poison: Poison) -> No
         assert torch.equal(poison.labels[backdoor], mapped), f"{attack.name}: labels are not those of the target map"
     applied = poison.apply(task.train)
     same = (applied.roles == 0).nonzero().flatten()
+    assert len(same) == len(task.train) - len(poison), f"{attack.name}: {len(poison)} rows, others have a role"
     assert _equal(take(applied.inputs, same), take(task.train.inputs, same)), f"{attack.name}: a clean row changed"
     assert torch.equal(applied.labels[same], task.train.labels[same]), f"{attack.name}: a clean label changed"
 
@@ -157,7 +162,8 @@ def check_attack(attack: ClassificationAttack, task: Task | None = None, *, seed
     assert not backdoor.model.training, f"{attack.name}: the victim must be in evaluation mode"
     check_poison(attack, task, backdoor.poison)
     assert backdoor.poison.replay == (attack.threat_model == "training"), f"{attack.name}: replay flag"
-    check_trigger(backdoor.trigger, task.test.inputs[:12])
+    for trigger in filter(None, (backdoor.trigger, backdoor.cross_trigger)):
+        check_trigger(trigger, task.test.inputs[:12])
     again = attack.run(task, Context(seed))
     assert isinstance(again, Backdoor)
     assert _equal(again.poison.inputs, backdoor.poison.inputs), f"{attack.name}: the same seed poisons differently"
@@ -168,17 +174,27 @@ def check_attack(attack: ClassificationAttack, task: Task | None = None, *, seed
         assert not torch.equal(other.indices, backdoor.poison.indices), f"{attack.name}: the seed chooses nothing"
     restored = Backdoor.from_state(*backdoor.stored())
     measured = backdoor.measure(task, Context(seed))
+    assert measured["asr"] is None or measured["asr"] + measured["ra"] <= 1, f"{attack.name}: ASR + RA exceed 1"
     assert restored.measure(task, Context(seed)) == measured, f"{attack.name}: measured otherwise after storage"
     _refuses_run(type(attack).build({**attack.settings(), "target": 10**6}), task)
     return backdoor
 
 
-def check_defense(defense: Defense, task: Task | None = None, *, seed: int = 0) -> Outcome | None:
+def check_defense(
+    defense: Defense,
+    task: Task | None = None,
+    *,
+    model: Classifier | None = None,
+    clean: Split | None = None,
+    seed: int = 0,
+) -> Outcome | None:
     """All requirements on a defense of any stage.
 
     Args:
         defense: what is checked, with settings that suit 80 samples.
-        task: None makes a tiny one of the defense's first modality.
+        task: None makes a tiny one of the defense's first modality; its training set is the suspicious one.
+        model: the suspicious model; None trains one on the task.
+        clean: the defender's samples; None takes the training set.
         seed: of the run.
 
     Returns:
@@ -187,59 +203,99 @@ def check_defense(defense: Defense, task: Task | None = None, *, seed: int = 0) 
     Raises:
         AssertionError: naming the requirement that is not met.
     """
+    name = defense.name
     check_method(defense)
-    assert ("clean" in defense.reads) == (defense.needs_clean_fraction > 0), f"{defense.name}: reads and clean fraction"
+    assert defense.stage in ("dataset", "training", "repair", "input", "model"), f"{name}: no stage {defense.stage!r}"
+    assert 0 <= defense.needs_clean_fraction <= 1, f"{name}: needs_clean_fraction {defense.needs_clean_fraction}"
+    assert ("clean" in defense.reads) == (defense.needs_clean_fraction > 0), f"{name}: reads and clean fraction"
     task = task or tiny_task(defense.modalities[0])
-    model, _ = task.fit(task.train, Context(1))
+    model = model or task.fit(task.train, Context(1))[0]
     data, weights = task.train, copy.deepcopy(model.state_dict())
     inputs, labels = copy.deepcopy(data.inputs), data.labels.clone()
-    view = DefenderView(model=model, clean=data, suspicious=data, blueprint=task.blueprint)
+    view = DefenderView(model=model, clean=data if clean is None else clean, suspicious=data, blueprint=task.blueprint)
     try:
         outcome = defense.apply(view, Context(seed))
     except NotApplicable as reason:
-        assert len(str(reason)) > 20, f"{defense.name}: not applicable, but why?"
+        assert len(str(reason)) > 20, f"{name}: not applicable, but why?"
         return None
-    for name, value in model.state_dict().items():
-        assert torch.equal(weights[name], value), f"{defense.name}: the model was changed ({name})"
+    for tensor, value in model.state_dict().items():
+        assert torch.equal(weights[tensor], value), f"{name}: the model was changed ({tensor})"
     left = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert not left, f"{defense.name}: hooks were left behind"
-    assert all(p.requires_grad for p in model.parameters()), f"{defense.name}: parameters were left frozen"
-    assert _equal(inputs, data.inputs), f"{defense.name}: the inputs were changed"
-    assert torch.equal(labels, data.labels), f"{defense.name}: the labels were changed"
-    _check_form(defense, outcome, task, model)
+    assert not left, f"{name}: hooks were left behind"
+    assert all(p.requires_grad for p in model.parameters()), f"{name}: parameters were left frozen"
+    assert not model.training, f"{name}: the model was left in training mode"
+    assert _equal(inputs, data.inputs), f"{name}: the inputs were changed"
+    assert torch.equal(labels, data.labels), f"{name}: the labels were changed"
+    check_outcome(defense, outcome, task, model)
     first = _numbers(outcome, task)
     second = _numbers(defense.apply(view, Context(seed)), task)
     same = len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert same, f"{defense.name}: the same seed gives another outcome"
+    assert same, f"{name}: the same seed gives another outcome"
     return outcome
 
 
-def _check_form(defense: Defense, outcome: Outcome, task: Task, original: Classifier) -> None:
-    """Types, shapes and ranges of an outcome."""
-    name, count = defense.name, len(task.train)
+def check_outcome(defense: Defense, outcome: Outcome, task: Task, model: Classifier) -> None:
+    """Types, shapes and ranges of what a defense gave.
+
+    Args:
+        defense: which one.
+        outcome: of :meth:`~backdoorlab.defenses.Defense.apply`.
+        task: whose training set was suspicious; the outcome is tried on its test set.
+        model: the suspicious one.
+
+    Raises:
+        AssertionError: naming the requirement that is not met.
+    """
+    name = defense.name
+    count = len(task.train)
     match outcome:
         case Screening(scores, flags):
-            assert (scores.dtype, tuple(scores.shape)) == (torch.float32, (count,)), f"{name}: scores float32 [N]"
-            assert scores.device.type == "cpu", f"{name}: scores must be on the CPU"
-            assert (flags.dtype, tuple(flags.shape)) == (torch.bool, (count,)), f"{name}: flags bool [N]"
-            assert bool(torch.isfinite(scores).all()), f"{name}: a score is not finite"
+            _check_scores(name, scores, count)
+            _check_flags(name, flags, count)
         case TrainingReport():
-            assert not outcome.model.training, f"{name}: the model must be in evaluation mode"
-            assert outcome.scores is None or tuple(outcome.scores.shape) == (count,), f"{name}: scores [N] or None"
-            assert outcome.isolated is None or outcome.isolated.dtype == torch.bool, f"{name}: isolated bool or None"
-            json.dumps(outcome.notes)
-        case Repair(model):
-            assert model is not original and not model.training, f"{name}: a copy in evaluation mode is expected"
-            assert bool(torch.isfinite(predict(model, task.test.inputs)).all()), f"{name}: logits are not finite"
+            _check_model(name, outcome.model, model, task)
+            if outcome.scores is not None:
+                _check_scores(name, outcome.scores, count)
+            if outcome.isolated is not None:
+                _check_flags(name, outcome.isolated, count)
+            json.dumps(outcome.notes, allow_nan=False)
+        case Repair():
+            _check_model(name, outcome.model, model, task)
         case InputDetector():
             scores = outcome.score(task.test.inputs)
-            assert (scores.dtype, tuple(scores.shape)) == (torch.float32, (len(task.test),)), f"{name}: float32 [N]"
+            _check_scores(name, scores, len(task.test))
+            _check_flags(name, outcome.flags(scores), len(task.test))
             assert math.isfinite(outcome.threshold), f"{name}: the threshold is not finite"
+            alone = outcome.score(task.test.inputs[:1])
+            assert torch.allclose(alone, scores[:1], rtol=1e-3, atol=1e-3), (
+                f"{name}: the score of an input depends on the others in its batch"
+            )
         case ScanReport():
             assert math.isfinite(outcome.score), f"{name}: the score is not finite"
+            assert isinstance(outcome.backdoored, bool), f"{name}: the verdict is no bool"
             assert all(0 <= t < task.num_classes for t in outcome.targets), f"{name}: a target is no class"
             assert outcome.backdoored == bool(outcome.targets), f"{name}: verdict and targets disagree"
             assert len(outcome.per_class) in (0, task.num_classes), f"{name}: evidence for K classes or none"
+
+
+def _check_scores(name: str, scores: Tensor, count: int) -> None:
+    assert (scores.dtype, tuple(scores.shape)) == (torch.float32, (count,)), f"{name}: scores must be float32 [N]"
+    assert scores.device.type == "cpu", f"{name}: scores must be on the CPU"
+    assert bool(torch.isfinite(scores).all()), f"{name}: a score is not finite"
+
+
+def _check_flags(name: str, flags: Tensor, count: int) -> None:
+    assert (flags.dtype, tuple(flags.shape)) == (torch.bool, (count,)), f"{name}: flags must be bool [N]"
+
+
+def _check_model(name: str, model: Classifier, original: Classifier, task: Task) -> None:
+    assert isinstance(model, Classifier) and model is not original, f"{name}: another model is expected"
+    assert not model.training, f"{name}: the model must be in evaluation mode"
+    logits = predict(model, task.test.inputs)
+    assert bool(torch.isfinite(logits).all()), f"{name}: logits are not finite"
+    restored = restore_model(model.state())
+    assert isinstance(restored, Classifier), f"{name}: storage makes a {type(restored).__name__} of the model"
+    assert torch.equal(predict(restored, task.test.inputs), logits), f"{name}: the model is another one after storage"
 
 
 def _numbers(outcome: Outcome, task: Task) -> list[Tensor]:

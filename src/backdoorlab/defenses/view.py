@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
+
 from backdoorlab.core.errors import BackdoorLabError, InputError
 from backdoorlab.data.split import Split
 from backdoorlab.models.classifier import Classifier
@@ -21,7 +23,7 @@ PARTS = {
 
 
 class DefenderView:
-    """What a defense is given, limited to what it declares in ``Defense.reads``.
+    """What a defense is given, limited to what it declares in ``Defense.reads`` and ``Defense.may_read``.
 
     A defense that reads anything else is stopped: what a method needs is then always what its facts and its result card
     say. A view cannot be changed.
@@ -67,11 +69,15 @@ class DefenderView:
         held = [name for name in PARTS if getattr(self, f"_{name}") is not None]
         return f"DefenderView({', '.join(held) or 'empty'}; {self._reader} reads {', '.join(self._reads) or 'nothing'})"
 
-    def limited(self, reader: str, reads: tuple[str, ...]) -> DefenderView:
-        """The same view for one defense.
+    def has(self, part: str) -> bool:
+        """Is this part there, and may it be read? For what a defense declares in ``may_read``."""
+        return part in self._reads and getattr(self, f"_{part}") is not None
+
+    def limited(self, reader: str, reads: tuple[str, ...], may_read: tuple[str, ...] = ()) -> DefenderView:
+        """The same view for one defense, which needs the parts in ``reads`` and can do without those in ``may_read``.
 
         Raises:
-            InputError: if a part that it reads is not there.
+            InputError: if a part that it reads is not there, or a weight of the model is not finite.
         """
         view = DefenderView(
             model=self._model,
@@ -79,10 +85,16 @@ class DefenderView:
             suspicious=self._suspicious,
             blueprint=self._blueprint,
             reader=reader,
-            reads=reads,
+            reads=(*reads, *may_read),
         )
         for part in reads:
             getattr(view, part)
+        if "model" in reads:
+            for name, value in view.model.state_dict().items():
+                if not bool(torch.isfinite(value).all()):
+                    raise InputError(
+                        f"{reader} needs a model whose weights are finite numbers; {name} holds NaN or inf"
+                    )
         return view
 
     @property
