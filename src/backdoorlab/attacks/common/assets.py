@@ -14,6 +14,7 @@ hyper-parameter of the attack but those that are declared in ``unread``; while i
 
 Here the key holds data, model and recipe of the task, ``target``, ``steps`` and every hyper-parameter that is added
 later. One that is missing from ``unread`` costs a needless training; one that is there by mistake is an error at once.
+The attack's code counts like its hyper-parameters, but does not change the seed.
 """
 
 from __future__ import annotations
