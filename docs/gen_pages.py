@@ -59,6 +59,7 @@ LABELS = {
     "asset_kinds": "Assets that your own file can replace",
     "stage": "Stage",
     "reads": "Reads",
+    "may_read": "Reads if it is there",
     "needs_clean_fraction": "Clean samples by default",
     "needs_norm": "Needs normalisation layers",
     "needs_conv": "Needs convolutions",
@@ -191,8 +192,8 @@ def _parameters(infos: list[ParamInfo]) -> str:
 
 
 def _words(name: str, value: Any) -> str:
-    if name == "reads":
-        return ", ".join(PARTS[part] for part in value)
+    if name in ("reads", "may_read"):
+        return ", ".join(PARTS[part] for part in value) or "nothing"
     if name == "needs_clean_fraction":
         return f"{100 * value:g} % of the training set" if value else "none"
     if isinstance(value, bool):

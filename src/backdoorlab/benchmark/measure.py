@@ -1,4 +1,4 @@
-"""What the outcome of a defense is worth, measured by whoever knows the truth: the attack, or that there was none.
+"""How well a defense works, measured with what the defense does not know: the backdoor, or that there is none.
 
 What a defense leaves behind (a repaired or retrained model) is measured as it comes back from its stored form, so that
 the stored artifact always reproduces the numbers. "before" values are those of the undefended model; for input
@@ -124,11 +124,11 @@ class Victim:
 def run_defense(
     defense: Defense, victim: Victim, rows: Tensor, ctx: Context, retraining: Context | None, meter: Meter
 ) -> Measured:
-    """Apply a defense and measure what it is worth.
+    """Apply a defense and measure how well it works.
 
     Args:
         defense: with all hyper-parameters set.
-        victim: what it is applied to, with the truth.
+        victim: what it is applied to, with the backdoor.
         rows: int64, the defender's clean samples among the training samples.
         ctx: of the defense.
         retraining: context of the training on what a dataset defense kept; None leaves it out.
@@ -141,7 +141,7 @@ def run_defense(
         NotApplicable: if the method cannot work on such a model or such data.
     """
     with meter.part("defense"):
-        outcome = defense.apply(victim.view(victim.task.train[rows], defense.reads), ctx)
+        outcome = defense.apply(victim.view(victim.task.train[rows], (*defense.reads, *defense.may_read)), ctx)
     measured = _measured(outcome, victim, retraining, meter)
     measured.tensors["clean"] = {"indices": rows}
     measured.metrics = finish(measured.metrics | {"n_defender": len(rows)}, attacked=victim.attacked, defended=True)

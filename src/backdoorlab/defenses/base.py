@@ -121,18 +121,27 @@ class Defense(Method):
     """"dataset", "training", "repair", "input" or "model"."""
     reads: ClassVar[tuple[str, ...]]
     """What of a :class:`DefenderView` it looks at: "model", "clean", "suspicious", "blueprint"."""
+    may_read: ClassVar[tuple[str, ...]] = ()
+    """What it also looks at if the view has it, and does without otherwise (:meth:`DefenderView.has`)."""
     needs_clean_fraction: ClassVar[float] = 0.0
     """Clean samples that the defender must own, as a share of the training set (0: none)."""
     needs_norm: ClassVar[bool] = False
     """Only for models with normalisation layers?"""
     needs_conv: ClassVar[bool] = False
     """Only for models with convolutions?"""
-    fact_names: ClassVar[tuple[str, ...]] = ("stage", "reads", "needs_clean_fraction", "needs_norm", "needs_conv")
+    fact_names: ClassVar[tuple[str, ...]] = (
+        "stage",
+        "reads",
+        "may_read",
+        "needs_clean_fraction",
+        "needs_norm",
+        "needs_conv",
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a declaration of something that no view holds."""
         super().__init_subclass__(**kwargs)
-        for part in cls.__dict__.get("reads", ()):
+        for part in (*cls.__dict__.get("reads", ()), *cls.__dict__.get("may_read", ())):
             if part not in PARTS:
                 raise TypeError(f"{cls.__name__}.reads: no part {part!r}; a defender's view has {', '.join(PARTS)}")
 
@@ -147,7 +156,7 @@ class Defense(Method):
             InputError: if the view lacks a part that the defense reads, or the part does not suffice.
             NotApplicable: if the method cannot work on such a model or such data.
         """
-        return self._apply(view.limited(self.name, self.reads), ctx)
+        return self._apply(view.limited(self.name, self.reads, self.may_read), ctx)
 
     @abstractmethod
     def _apply(self, view: DefenderView, ctx: Context) -> Outcome:
@@ -168,7 +177,7 @@ class Defense(Method):
         ctx = session(seed, device, progress, "defense")
         moved = None if model is None else model.to(ctx.device)
         view = DefenderView(model=moved, clean=clean, suspicious=suspicious, blueprint=blueprint)
-        return view.limited(self.name, self.reads), ctx
+        return view.limited(self.name, self.reads, self.may_read), ctx
 
 
 @dataclass(frozen=True, kw_only=True)
