@@ -46,7 +46,7 @@ class PoisoningAttack(ClassificationAttack):
 
     def poison(self, trigger: Trigger, task: Task, ctx: Context) -> Poison:
         """Choose, stamp and relabel training samples."""
-        self.look_at(trigger, task, ctx)
+        self.warn_if_too_weak(trigger, task, ctx)
         chosen = self.choose(task, ctx)
         parts = [(chosen, self.poison_inputs(trigger, take(task.train.inputs, chosen), chosen, task, ctx), BACKDOOR)]
         covered = self.cover(trigger, chosen, task, ctx)
@@ -79,7 +79,7 @@ class PoisoningAttack(ClassificationAttack):
 class TrainingAttack(ClassificationAttack):
     """The attacker runs the training loop: writes :meth:`run` with an objective or a stamp.
 
-    Where the trigger is known before the victim is trained, :meth:`run` calls :meth:`look_at`.
+    Where the trigger is known before the victim is trained, :meth:`run` calls :meth:`warn_if_too_weak`.
 
     The poisoned set that it returns is a *replay* (``Poison(..., replay=True)``), made with the final trigger.
     """

@@ -143,15 +143,15 @@ class ClassificationAttack(Attack):
             )
         if count > len(pool):
             if not len(pool):
-                which = "not " if self.label_mode == "dirty" else ""
+                negation = "not " if self.label_mode == "dirty" else ""
                 raise InputError(
-                    f"{self.name}: nothing to poison, the training set has no samples that are {which}of target class "
-                    f"{self.target} ({task.train.classes[self.target]})"
+                    f"{self.name}: nothing to poison, the training set has no samples that are {negation}of target "
+                    f"class {self.target} ({task.train.classes[self.target]})"
                 )
             if not self.cap_rate:
-                what = f"samples of class {self.target}" if self.label_mode == "clean" else "candidates"
+                pool_name = f"samples of class {self.target}" if self.label_mode == "clean" else "candidates"
                 raise InputError(
-                    f"{self.name}: a poison rate of {rate:g} needs {count} of {len(pool)} {what} among {total} "
+                    f"{self.name}: a poison rate of {rate:g} needs {count} of {len(pool)} {pool_name} among {total} "
                     f"training samples; the largest possible rate is {int(len(pool) / total * 1e4) / 1e4:g} "
                     f"(--set cap_rate=true poisons all of them)"
                 )
@@ -185,7 +185,7 @@ class ClassificationAttack(Attack):
             f"may not know it{advice}"
         )
 
-    def look_at(self, trigger: Trigger, task: Task, ctx: Context) -> None:
+    def warn_if_too_weak(self, trigger: Trigger, task: Task, ctx: Context) -> None:
         """Warn, before anything is trained, if the trigger changes too little of this task's samples to be learned.
 
         A sample of the training set is triggered as at test time; half of it must change as

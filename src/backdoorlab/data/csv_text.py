@@ -65,13 +65,13 @@ def read_table(path: Path, delimiter: str) -> Table:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, delimiter=delimiter)
             header = [name.strip().lower() for name in next(reader, [])]
-            column = next((header.index(name) for name in ("text", "sentence") if name in header), None)
-            if column is None or "label" not in header:
+            text_column = next((header.index(name) for name in ("text", "sentence") if name in header), None)
+            if text_column is None or "label" not in header:
                 raise InputError(
                     f"{name}: expected columns 'text' (or 'sentence') and 'label' in the first line, "
                     f"found {[cell[:40] for cell in header[:10]]}"
                 )
-            other = header.index("label")
+            label_column = header.index("label")
             texts, labels = [], []
             for row in reader:
                 line = reader.line_num
@@ -79,16 +79,16 @@ def read_table(path: Path, delimiter: str) -> Table:
                     continue
                 if any("\0" in cell for cell in row):
                     raise InputError(f"{name}, line {line}: holds a NUL character; expected text in UTF-8")
-                if len(row) != len(header) or not row[column].strip() or not row[other].strip():
+                if len(row) != len(header) or not row[text_column].strip() or not row[label_column].strip():
                     raise InputError(
                         f"{name}, line {line}: expected {len(header)} cells, text and label not empty, "
                         f"got {[cell[:40] for cell in row[:4]]}"
                     )
-                texts.append(row[column])
-                labels.append(row[other].strip())
+                texts.append(row[text_column])
+                labels.append(row[label_column].strip())
     except csv.Error as error:
-        what = "a cell is too long, perhaps an unclosed quote" if "field limit" in str(error) else str(error)
-        raise InputError(f"{name}, after line {line}: cannot be read with separator {delimiter!r}: {what}") from None
+        problem = "a cell is too long, perhaps an unclosed quote" if "field limit" in str(error) else str(error)
+        raise InputError(f"{name}, after line {line}: cannot be read with separator {delimiter!r}: {problem}") from None
     except MemoryError:
         raise InputError(f"{name}, after line {line}: too large to be read: there is no memory for it") from None
     except (OSError, UnicodeDecodeError) as error:

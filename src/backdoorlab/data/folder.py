@@ -48,9 +48,9 @@ class Folder(DatasetSource):
             raise InputError(f"dataset {spec.name!r}: there is no folder {printable(base.absolute())}")
         trees = [class_tree(part) for part in _parts(base)]
         if len(trees) == 2 and trees[0].keys() != trees[1].keys():
-            odd = sorted(trees[0].keys() ^ trees[1].keys())
+            unmatched = sorted(trees[0].keys() ^ trees[1].keys())
             raise InputError(
-                f"{printable(base)}: training and test part must have the same class folders; only one has {odd}"
+                f"{printable(base)}: training and test part must have the same class folders; only one has {unmatched}"
             )
         classes = tuple(trees[0])
         files = [[path for paths in tree.values() for path in paths] for tree in trees]
@@ -58,15 +58,15 @@ class Folder(DatasetSource):
             torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(paths) for paths in tree.values()]))
             for tree in trees
         ]
-        everything = [path for part in files for path in part]
-        sounds = [path for path in everything if path.suffix.lower() in _AUDIO]
-        if sounds and len(sounds) < len(everything):
-            picture = next(path for path in everything if path.suffix.lower() in _IMAGES)
+        all_files = [path for part in files for path in part]
+        sounds = [path for path in all_files if path.suffix.lower() in _AUDIO]
+        if sounds and len(sounds) < len(all_files):
+            picture = next(path for path in all_files if path.suffix.lower() in _IMAGES)
             raise InputError(
                 f"{printable(base)} mixes images and audio, for example {printable(picture)} and {printable(sounds[0])}"
             )
         # One pass over all files, whichever part they are in: both parts get one form.
-        inputs, rate = _read_audio(everything, spec) if sounds else _read_images(everything, spec)
+        inputs, rate = _read_audio(all_files, spec) if sounds else _read_images(all_files, spec)
         if len(trees) == 2:
             cut = len(files[0])
             train, test = Split(inputs[:cut], labels[0], classes), Split(inputs[cut:], labels[1], classes)
@@ -124,10 +124,10 @@ def _parts(base: Path) -> tuple[Path, ...]:
     if is_folder(train) and tests:
         return train, tests[0]
     if is_folder(train) or tests:
-        here, lack = ("train", "test nor val") if is_folder(train) else (tests[0].name, "train")
+        present, missing = ("train", "test nor val") if is_folder(train) else (tests[0].name, "train")
         raise InputError(
-            f"{printable(base)} has a folder {here!r} but no {lack}; provide both, or name {printable(base / here)} to "
-            "have it split 4:1"
+            f"{printable(base)} has a folder {present!r} but no {missing}; provide both, or name "
+            f"{printable(base / present)} to have it split 4:1"
         )
     return (base,)
 

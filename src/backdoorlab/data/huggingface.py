@@ -77,10 +77,12 @@ def _convert(spec: DatasetSpec, tables: tuple[Any, Any], hub: Any) -> Dataset:
     lowest = min(int(part.min()) for part in labels)
     if any(part.is_floating_point() or part.dim() != 1 for part in labels) or lowest < 0:
         raise InputError(f"{spec.name}: labels must be integers from 0 on, found {labels[0].dtype} from {lowest}")
-    named, other = (getattr(table.features["label"], "names", None) for table in tables)
-    if named and other and list(named) != list(other):
-        raise InputError(f"{spec.name}: training and test part number their classes differently: {named}, {other}")
-    classes = tuple(named or map(str, range(1 + max(int(part.max()) for part in labels))))
+    train_names, test_names = (getattr(table.features["label"], "names", None) for table in tables)
+    if train_names and test_names and list(train_names) != list(test_names):
+        raise InputError(
+            f"{spec.name}: training and test part number their classes differently: {train_names}, {test_names}"
+        )
+    classes = tuple(train_names or map(str, range(1 + max(int(part.max()) for part in labels))))
     parts: tuple[Inputs, ...]
     if column in _TEXT:
         if spec.size is not None:

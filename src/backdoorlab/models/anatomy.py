@@ -270,10 +270,10 @@ class Channels:
         weight, bias = self.weight, self.bias
         rows = torch.arange(self.count, device=weight.device)
         rows = rows[units.to(weight.device) if isinstance(units, Tensor) else units].reshape(-1)
-        by = torch.as_tensor(factor, dtype=weight.dtype, device=weight.device).expand(len(rows))
-        weight[rows] = weight[rows] * by.reshape(-1, *(1,) * (weight.dim() - 1))
+        factors = torch.as_tensor(factor, dtype=weight.dtype, device=weight.device).expand(len(rows))
+        weight[rows] = weight[rows] * factors.reshape(-1, *(1,) * (weight.dim() - 1))
         if bias is not None:
-            bias[rows] = bias[rows] * by
+            bias[rows] = bias[rows] * factors
 
     def zero(self, units: Tensor | int) -> None:
         """Silence some units in place: weight *and* bias become 0."""

@@ -179,7 +179,7 @@ class Blind(TrainingAttack):
             threshold,
             weights,
         )
-        self.look_at(trigger, task, ctx)
+        self.warn_if_too_weak(trigger, task, ctx)
         poison = self.replay(trigger, task, ctx)
         model, log = task.fit(task.train, ctx, objective=objective, label=f"{self.name}: training the victim")
         if not objective.open:

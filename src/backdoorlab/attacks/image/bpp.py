@@ -163,7 +163,7 @@ class Bpp(TrainingAttack):
         target_map, seed = self.target_map_for(task), spawn(ctx.generator("donors"))
         trigger = QuantizeTrigger(self.levels, self.dithering)
         negative = ForeignResidualTrigger(images.to(ctx.device), self.levels, self.dithering, seed)
-        self.look_at(trigger, task, ctx)
+        self.warn_if_too_weak(trigger, task, ctx)
         poison = self.replay(trigger, task, ctx, negative, self.negative_rate)
         stamp: Stamp = BatchPoisoner(
             trigger,
@@ -176,7 +176,7 @@ class Bpp(TrainingAttack):
         if self.poisoning == "fixed-index":
             stamp = FixedPoisoner.like(poison, len(task.train), trigger, negative, target_map)
         model, log = task.fit(task.train, ctx, stamp=stamp, label=f"{self.name}: training the victim")
-        kept = torch.randperm(len(images), generator=ctx.generator("donors kept"))[:DONORS]
-        cross = ForeignResidualTrigger(expect_images(take(images, kept)), self.levels, self.dithering, seed)
+        stored_rows = torch.randperm(len(images), generator=ctx.generator("donors kept"))[:DONORS]
+        cross = ForeignResidualTrigger(expect_images(take(images, stored_rows)), self.levels, self.dithering, seed)
         notes = {"poisoning": self.poisoning, "schedule": task.recipe.name}
         return Backdoor(model, trigger, target_map, poison, log, cross_trigger=cross, notes=notes)

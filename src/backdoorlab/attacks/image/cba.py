@@ -294,8 +294,8 @@ class Cba(PoisoningAttack):
         if not len(rows):
             raise InputError(f"{self.name}: {task.dataset.name} has no training image of class {self.partner(task)}")
         rows = rows[torch.randperm(len(rows), generator=ctx.generator("bank"))]
-        kept = max(1, min(self.bank, len(rows) // 2))
-        return rows[:kept], rows[kept:] if len(rows) > 1 else rows
+        stored = max(1, min(self.bank, len(rows) // 2))
+        return rows[:stored], rows[stored:] if len(rows) > 1 else rows
 
     def make_trigger(self, task: Task, ctx: Context) -> PartnerTrigger:
         """Store images of the partner class."""

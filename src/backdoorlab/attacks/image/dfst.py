@@ -199,7 +199,7 @@ class Dfst(TrainingAttack):
             )
         pool = draw_cover(self, chosen, self.rounds * each / total, total, ctx)
         trigger = self.make_trigger(task, ctx)
-        self.look_at(trigger, task, ctx)
+        self.warn_if_too_weak(trigger, task, ctx)
         poison = self.replay(trigger, task, ctx)
         model, log = task.fit(poison.apply(task.train), ctx, label=f"{self.name}: training the victim")
         whole = task.recipe.resolve(len(task.train))

@@ -279,7 +279,7 @@ class Lba(TrainingAttack):
         teacher = clean_surrogate(task, ctx)
         modules_after(teacher, self.layer)
         trigger = self.make_trigger(task, ctx)
-        self.look_at(trigger, task, ctx)
+        self.warn_if_too_weak(trigger, task, ctx)
         goal, clean = centre(teacher, images[own], self.layer), images[others[: self.samples]]
         triggered = expect_images(trigger(clean))
         spread, far = (distance(teacher, part, goal, self.layer) for part in (clean, triggered))

@@ -235,8 +235,8 @@ class Refool(PoisoningAttack):
     def run(self, task: Task, ctx: Context) -> Backdoor:
         """As every poisoning attack; notes ASR with scenes that the attacker never used."""
         backdoor = super().run(task, ctx)
-        other = dataclasses.replace(backdoor, trigger=self._trigger(task, "held out"))
-        held_out = other.measure(task, ctx)["asr"]
+        held_out_backdoor = dataclasses.replace(backdoor, trigger=self._trigger(task, "held out"))
+        held_out = held_out_backdoor.measure(task, ctx)["asr"]
         return dataclasses.replace(backdoor, notes=backdoor.notes | {"asr_held_out": held_out})
 
     def _trigger(self, task: Task, part: str) -> ReflectionTrigger:

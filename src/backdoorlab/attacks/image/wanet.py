@@ -146,7 +146,7 @@ class WaNet(TrainingAttack):
         field = draw_field(self.k, ctx.generator("field"))
         trigger = WarpTrigger(field, self.s, self.grid_rescale)
         noise = NoiseWarpTrigger(field, self.s, self.grid_rescale, seed)
-        self.look_at(trigger, task, ctx)
+        self.warn_if_too_weak(trigger, task, ctx)
         poison = self.replay(trigger, task, ctx, noise, self.cross_ratio * self.rate_on(task))
         stamp: Stamp = BatchPoisoner(
             trigger,

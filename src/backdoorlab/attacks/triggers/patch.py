@@ -156,9 +156,11 @@ def corners_from(share: Tensor, images: Tensor, patch: Tensor) -> Tensor:
 
 def paste_at(images: Tensor, patch: Tensor, corners: Tensor) -> Tensor:
     """Paste one patch [C,h,w] at a place per image: a copy of ``images`` [N,C,H,W] with ``corners`` int64 [N,2]."""
-    (height, width), (tall, wide) = images.shape[2:], patch.shape[1:]
+    (height, width), (patch_height, patch_width) = images.shape[2:], patch.shape[1:]
     row = torch.arange(height, device=images.device) - corners[:, :1]
     column = torch.arange(width, device=images.device) - corners[:, 1:]
-    inside = ((row >= 0) & (row < tall))[:, :, None] & ((column >= 0) & (column < wide))[:, None, :]
-    shifted = patch[:, row.clamp(0, tall - 1)[:, :, None], column.clamp(0, wide - 1)[:, None, :]].transpose(0, 1)
+    inside = ((row >= 0) & (row < patch_height))[:, :, None] & ((column >= 0) & (column < patch_width))[:, None, :]
+    shifted = patch[
+        :, row.clamp(0, patch_height - 1)[:, :, None], column.clamp(0, patch_width - 1)[:, None, :]
+    ].transpose(0, 1)
     return torch.where(inside[:, None], shifted, images)
