@@ -191,7 +191,7 @@ def test_run_reuse_fresh_and_refusals(filled: Runner):
     assert [label for label, _ in told] == [s.label for s in plan(small(MethodSpec("badnets")))]
     assert [(s.index, why.split(";")[0]) for s, why in report.refused][1] == (
         5,
-        "not run: what it stands on was refused",
+        "not run: the stage that it builds on was refused",
     )
     assert "largest possible rate" in report.refused[0][1]
     again = run_grid(small(), filled, resume=False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_start_up_imports_no_torch() -> None:
     code = "import sys, backdoorlab.cli.main as m; c = m.run(['--help']); sys.exit(c or ('torch' in sys.modules) * 9)"
-    began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert "quickstart" in done.stdout
-    assert time.perf_counter() - began < 5  # 0.3 s on an idle machine
 
 
 def test_version_and_no_arguments(cli: Callable[..., Any]) -> None:
@@ -61,6 +59,15 @@ def test_every_command_teaches(cli: Callable[..., Any], command: str) -> None:
     assert reply.code == 0
     assert f"backdoorlab {command}" in reply.out
     assert "Try:" in reply.out
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_pages_name_what_is_expected_and_no_python_types(cli: Callable[..., Any], command: str) -> None:
+    page = cli(*command.split(), "--help").out
+    assert not re.findall(r"<(bool|str|int|float|list|path|int range|list\[\w+\])>|\[\[|\d{19}", page)
+    lines = "\n".join(line.rstrip() for line in page.partition("Try:" if command else "Options")[0].splitlines())
+    paragraphs = [paragraph.strip("\n").splitlines() for paragraph in lines.split("\n\n")]
+    assert not [line for paragraph in paragraphs for line in paragraph[:-1] if len(line) < 80], "filled to the width"
 
 
 @pytest.mark.parametrize(

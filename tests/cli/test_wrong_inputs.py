@@ -157,7 +157,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     # stamp and predict
     "stamp without run": (("stamp", "{digit}", "--out", "o"), "--run RUN"),
     "stamp without out": (("stamp", "{digit}", *RUN, *STORE), "--out DIR"),
-    "stamp without inputs": (("stamp", *RUN, *STORE), "IN..."),
+    "stamp without inputs": (("stamp", *RUN, *STORE), "Missing argument 'IN'"),
     "stamp with a repair": (("stamp", "{digit}", "--run", "{repair}", "--out", "o", *STORE), "{attack}"),
     "stamp with a benign run": (("stamp", "{digit}", "--run", "{benign}", "--out", "o", *STORE), "trigger"),
     "stamp with tampered trigger": (("stamp", "{digit}", *RUN, "--out", "o", "--store", "{torn}"), "checksum"),

@@ -84,7 +84,7 @@ class Card(BaseModel):
     hardware: dict[str, Any] = Field(description="processor, cores, memory, accelerator")
     versions: dict[str, str] = Field(description="of the library, Python and the packages that make the numbers")
     commit: str | None = Field(None, description="git commit of the library; null outside of a checkout")
-    parents: list[str] = Field(default_factory=list, description="stage/key of the runs that this one stands on")
+    parents: list[str] = Field(default_factory=list, description="stage/key of the runs that this one builds on")
     command: str = Field(description="command line that reproduces the run")
     created: str = Field(description="UTC time, ISO 8601")
     digests: dict[str, str] = Field(default_factory=dict, description="sha256 of every other file of the artifact")

@@ -37,7 +37,7 @@ Result = RunResult | str
 _Report = tuple[str, bool] | str
 """A result as a worker sends it: the card as JSON and whether it was in the store, or why the stage cannot be run."""
 
-_BLOCKED = "not run: what it stands on was refused"
+_BLOCKED = "not run: the stage that it builds on was refused"
 
 
 class Engine(Protocol):
@@ -166,7 +166,7 @@ def _start(
 ) -> None:
     """Make this worker's runner on the next free device, and end with the process that started it.
 
-    A worker that has nothing to do waits for work, and would wait for ever once nobody is left to send any.
+    A worker without work waits for some, and would wait for ever after the process that sends it has ended.
     """
     global _runner
     signal.signal(signal.SIGINT, signal.SIG_IGN)

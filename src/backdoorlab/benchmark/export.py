@@ -120,7 +120,7 @@ def parts_of(task: Task, backdoor: Backdoor, only: str = "all") -> list[Part]:
     """The tables to export: training set after the attack, clean test set (if all), triggered test set.
 
     Raises:
-        InputError: if only poisoned samples are wanted and there are none.
+        InputError: if only poisoned samples are asked for and there are none.
     """
     train, test = backdoor.poison.apply(task.train), task.test
     rows = torch.arange(len(train)) if only == "all" else (train.roles != CLEAN).nonzero().flatten()

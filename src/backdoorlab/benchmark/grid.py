@@ -1,4 +1,4 @@
-"""Grids: tasks x attacks x defenses x seeds from a YAML file, planned as stages of which each knows what it stands on.
+"""Grids: tasks x attacks x defenses x seeds from a YAML file, planned as stages, each with the stage that it builds on.
 
     name: quick
     tasks:
@@ -51,7 +51,7 @@ class Stage:
     Attributes:
         index: position in the plan.
         experiment: without a defense it is an attack (or benign) stage.
-        parent: index of the stage that a defense stands on; None for attack and benign stages.
+        parent: index of the stage that a defense builds on; None for attack and benign stages.
     """
 
     index: int
@@ -151,7 +151,7 @@ class Grid:
 
 
 def plan(grid: Grid) -> list[Stage]:
-    """All stages, each after the one that it stands on; equal experiments appear once."""
+    """All stages, each after the one that it builds on; equal experiments appear once."""
     stages: list[Stage] = []
     planned: set[str] = set()
     for task in grid.tasks:
@@ -182,7 +182,7 @@ def run_grid(
     """Run the plan of a grid.
 
     A failed stage does not stop the others. A stage whose spec cannot be run (a poison rate above the capacity of one
-    of the tasks, ...) is listed as refused, together with the defenses that stand on it.
+    of the tasks, ...) is listed as refused, together with the defenses that build on it.
 
     Args:
         grid: what to run.

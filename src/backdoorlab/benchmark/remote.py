@@ -1,7 +1,7 @@
 """Stores on other machines: any fsspec URL (s3://, gs://, sftp://, ...), mirrored in a local folder.
 
-Whole artifacts travel. ``card.json`` is uploaded last, so that a folder without it is an upload that did not end and
-counts as absent; what comes down is verified against its card before it gets its place in the mirror. Locks hold among
+Artifacts are uploaded whole, ``card.json`` last, so that a folder without it is an upload that did not end, and counts
+as absent; what comes down is verified against its card before it gets its place in the mirror. Locks hold among
 processes of one machine only: two machines that start the same key at once both compute it, and the second upload
 replaces the first by an equal artifact.
 """

@@ -122,13 +122,13 @@ class Results:
         return records
 
     def _fill(self, records: list[dict[str, Any]], kinds: dict[str, str]) -> None:
-        """All rows in one statement; what is the same in all of them travels once."""
+        """All rows in one statement; a value that is the same in all of them is passed once."""
         shown, values = [], []
         for column, kind in kinds.items():
-            found = [record.get(column) for record in records]
-            same = column != "key" and found.count(found[0]) == len(found)
+            cells = [record.get(column) for record in records]
+            same = column != "key" and cells.count(cells[0]) == len(cells)
             shown.append(f"?::{kind}" if same else f"unnest(?::{kind}[])")
-            values.append(found[0] if same else found)
+            values.append(cells[0] if same else cells)
         self._connection.execute(f"INSERT INTO runs SELECT {', '.join(shown)}", values)
 
     def sql(self, query: str) -> list[dict[str, Any]]:
@@ -138,11 +138,11 @@ class Results:
             InputError: with DuckDB's message.
         """
         try:
-            found = self._connection.execute(query)
+            result = self._connection.execute(query)
         except duckdb.Error as error:
             raise InputError(f"query failed: {' '.join(str(error).split())}") from None
-        names = [column[0] for column in found.description or ()]
-        return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+        names = [column[0] for column in result.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
 
     def rows(self, where: str = "") -> list[dict[str, Any]]:
         """One flat record per run, oldest first; ``where`` is an SQL condition such as "attack = 'badnets'"."""
@@ -168,11 +168,11 @@ class Results:
         if not group_by:
             raise InputError(f"group by at least one of: {', '.join(self.columns)}")
         keys, value = ", ".join(map(_quoted, group_by)), _quoted(metric)
-        found = self.sql(
+        groups = self.sql(
             f"SELECT {keys}, list({value} ORDER BY seed, key) FILTER ({value} IS NOT NULL) AS found, "
             f"count(*) - count({value}) AS missing FROM runs GROUP BY {keys} ORDER BY {keys}"
         )
-        return [_summed(record) for record in found]
+        return [_summed(record) for record in groups]
 
 
 def rows(store: Store) -> list[dict[str, Any]]:

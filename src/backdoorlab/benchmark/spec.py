@@ -99,7 +99,7 @@ class Experiment:
             raise InputError(f"retrain must be true or false, got {shown(self.retrain)}")
 
     def undefended(self) -> Experiment:
-        """The attack (or benign) stage that this experiment stands on."""
+        """The attack (or benign) stage that this experiment builds on."""
         return dataclasses.replace(self, defense=None, clean_fraction=None, retrain=True)
 
     def to_json(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class Resolved:
         spec: the experiment as JSON with every default filled in; :meth:`Experiment.from_json` reads it. Its
             ``resolved`` holds the recipe field by field, a digest of the data, and the contract.
         key: of the stage in the store: hash of ``spec``, 20 hexadecimal digits.
-        base: the attack (or benign) stage that a defense stands on; None for such a stage itself.
+        base: the attack (or benign) stage that a defense builds on; None for such a stage itself.
     """
 
     experiment: Experiment

@@ -8,7 +8,7 @@ import typer
 
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import Progress, out
-from backdoorlab.core.canonical import MAX_SEED
+from backdoorlab.cli.helppage import HelpCommand
 from backdoorlab.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,44 +20,60 @@ DEFAULT_KIND = "classification"
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("attack", context_settings=opt.OWN_HELP)(attack_command)
+    app.command("attack", cls=HelpCommand, context_settings=opt.OWN_HELP)(attack_command)
 
 
 def attack_command(
     ctx: typer.Context,
     name: Annotated[
         str | None,
-        typer.Argument(help="One of `backdoorlab list attacks`; none trains the benign model.", metavar="[NAME]"),
+        typer.Argument(help="One of `backdoorlab list attacks`; none trains the benign model.", metavar="NAME"),
     ] = None,
-    dataset: Annotated[str, typer.Option(help="See `backdoorlab list datasets`.", metavar="NAME")] = "digits",
-    model: Annotated[str, typer.Option(help="See `list models`, or any timm name.", metavar="NAME")] = "auto",
-    recipe: Annotated[str, typer.Option(help="reference, fast or smoke.", metavar="NAME")] = "fast",
+    dataset: Annotated[
+        str, typer.Option(help="Data set: one of `backdoorlab list datasets`.", metavar="NAME")
+    ] = "digits",
+    model: Annotated[
+        str, typer.Option(help="Architecture: one of `backdoorlab list models`, or any timm name.", metavar="NAME")
+    ] = "auto",
+    recipe: Annotated[
+        str, typer.Option(help="Training recipe: reference, fast (minutes) or smoke (seconds).", metavar="NAME")
+    ] = "fast",
     poison_rate: Annotated[
-        float | None, typer.Option(help="Poisoned samples / size of the training set.", metavar="RATE")
+        float | None, typer.Option(help="Poisoned samples as a share of the training set.", metavar="RATE")
     ] = None,
     target: Annotated[
-        int | None, typer.Option(help="Class that triggered samples should get.", metavar="CLASS")
+        int | None, typer.Option(help="Class as which triggered samples should be classified.", metavar="CLASS")
     ] = None,
     settings: opt.SetOption = None,
     asset: Annotated[
         list[str] | None,
         typer.Option(
-            help="Use your own file for what the attack makes first; repeatable. See NAME --help.", metavar="KIND=FILE"
+            help="Your file for a network or pattern that the attack would make first; repeatable.", metavar="KIND=FILE"
         ),
     ] = None,
     recipe_set: Annotated[
         list[str] | None,
-        typer.Option("--recipe-set", help="Change a field of the recipe, such as epochs=5.", metavar="KEY=VALUE"),
+        typer.Option(
+            "--recipe-set",
+            help="Change a field of the training recipe, such as epochs=5; repeatable.",
+            metavar="KEY=VALUE",
+        ),
     ] = None,
-    train_size: Annotated[int | None, typer.Option(help="Balanced subset of the training set.", metavar="N")] = None,
-    test_size: Annotated[int | None, typer.Option(help="Balanced subset of the test set.", metavar="N")] = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels, where it can be chosen.", metavar="PX")] = None,
+    train_size: Annotated[
+        int | None, typer.Option(help="Training samples to use, a class-balanced subset.", metavar="N")
+    ] = None,
+    test_size: Annotated[
+        int | None, typer.Option(help="Test samples to use, a class-balanced subset.", metavar="N")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width of images in pixels, for data sets of any size.", metavar="PX")
+    ] = None,
     kind: Annotated[
         str | None,
-        typer.Option(help="Kind of task: classification or diffusion; follows from the attack.", metavar="KIND"),
+        typer.Option(help="Kind of task, classification or diffusion; by default that of the attack.", metavar="KIND"),
     ] = None,
     data_seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Of subsets, splits and procedural data sets.")
+        int, typer.Option(min=0, help="Seed of subsets, splits and procedural data sets.", metavar="SEED")
     ] = 0,
     seed: opt.SeedOption = 0,
     device: opt.DeviceOption = "auto",
@@ -109,7 +125,7 @@ def attack_command(
         recipe_changes=opt.pairs(recipe_set, "--recipe-set"),
         kind=kind_of(name, kind),
     )
-    files = opt.pairs(asset, "--asset", words="-")
+    files = opt.pairs(asset, "--asset", separator="-")
     if name in BENIGN and files:
         raise InputError(f"attack {name} trains the benign model and has no asset {next(iter(files))!r}")
     if name in BENIGN and changes:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import err, number, out, print_json, shown, warn
+from backdoorlab.cli.helppage import HelpCommand
 from backdoorlab.core.errors import unknown
 from backdoorlab.core.foreign import visible
 
@@ -20,7 +21,7 @@ ENGINES = ("local",)
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("bench")(bench_command)
+    app.command("bench", cls=HelpCommand)(bench_command)
 
 
 def bench_command(
@@ -28,9 +29,13 @@ def bench_command(
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Reuse results that the store has, or run everything again.")
     ] = True,
-    engine: Annotated[str, typer.Option(help="Where the stages run: local.", metavar="NAME")] = "local",
+    engine: Annotated[str, typer.Option(help="What runs the stages: local, this machine.", metavar="NAME")] = "local",
     device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda; several, such as cuda:0,cuda:1, get a worker each.", metavar="DEVICE")
+        str,
+        typer.Option(
+            help="Where models run: auto, cpu or cuda; a list such as cuda:0,cuda:1 gets a worker each.",
+            metavar="DEVICE",
+        ),
     ] = "auto",
     store: opt.StoreOption = "",
     root: opt.RootOption = None,
@@ -68,12 +73,12 @@ def bench_command(
     def on_card(stage: Stage, card: Card, reused: bool) -> None:
         nonlocal done
         done += 1
-        told = f"[{done}/{len(stages)}] {stage.label}: {_brief(card)}{'  (stored)' if reused else ''}"
+        line = f"[{done}/{len(stages)}] {stage.label}: {_brief(card)}{'  (stored)' if reused else ''}"
         if reused and not err.is_terminal:  # a finished grid has thousands of such lines, and rich takes its time
-            print(visible(told), file=err.file)
+            print(visible(line), file=err.file)
         else:
-            err.print(shown(told), soft_wrap=True)
-        for warning in warnings_of(card) if reused else ():  # those of a new run were told while it ran
+            err.print(shown(line), soft_wrap=True)
+        for warning in warnings_of(card) if reused else ():  # those of a new run were printed while it ran
             warn(f"{stage.label}: {warning}")
 
     report = run_grid(grid, runner, resume=resume, on_card=on_card, engine=LocalEngine(devices))
@@ -81,7 +86,7 @@ def bench_command(
     if as_json:
         print_json(summary)
     else:
-        _tell(summary)
+        _print_summary(summary)
     if summary["failed"] or summary["refused"]:
         raise typer.Exit(1)
 
@@ -104,15 +109,15 @@ def _summary(name: str, stages: int, report: GridReport) -> dict[str, Any]:
     return {"name": name, "stages": stages, **counts, "reused": len(report.reused), "refused": refused, "runs": runs}
 
 
-def _tell(summary: dict[str, Any]) -> None:
+def _print_summary(summary: dict[str, Any]) -> None:
     counts = ", ".join(f"{summary[k]} {k.replace('_', ' ')}" for k in ("ok", "failed", "not_applicable") if summary[k])
-    told = f"{summary['name']}: {summary['stages']} stages: {counts or 'none ran'}; {summary['reused']} were stored"
-    out.print(shown(told), soft_wrap=True)
+    line = f"{summary['name']}: {summary['stages']} stages: {counts or 'none ran'}; {summary['reused']} were stored"
+    out.print(shown(line), soft_wrap=True)
     for item in summary["refused"]:
-        line = shown(f"{item['stage']}: {item['reason']}")
-        out.print(Text.assemble(("refused ", "bold red"), line), soft_wrap=True)
+        reason = shown(f"{item['stage']}: {item['reason']}")
+        out.print(Text.assemble(("refused ", "bold red"), reason), soft_wrap=True)
     for run in summary["runs"]:
         if run["status"] == "failed":
-            line = shown(f"{run['stage']}/{run['key'][:8]}: {run['reason']}")
-            out.print(Text.assemble(("failed ", "bold red"), line), soft_wrap=True)
+            reason = shown(f"{run['stage']}/{run['key'][:8]}: {run['reason']}")
+            out.print(Text.assemble(("failed ", "bold red"), reason), soft_wrap=True)
     out.print("next: backdoorlab results", style="dim")

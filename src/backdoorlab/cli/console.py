@@ -27,7 +27,7 @@ from backdoorlab.core.foreign import csv_cell, json_safe, visible
 T = TypeVar("T")
 
 _PLAIN = {"–": "-", "—": "-", "·": "-", "…": "...", "×": "x", "∞": "inf", "≥": ">=", "≤": "<=", "−": "-", "µ": "u"}
-"""What our own texts use, for streams that cannot carry it."""
+"""Characters in texts of this library, and what stands for them in encodings that lack them."""
 
 
 class SafeConsole(Console):
@@ -81,7 +81,7 @@ def print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 
 def tolerant_streams() -> None:
-    """Let standard output and error write what their encoding lacks as a plain twin or an escape."""
+    """Let standard output and error write what their encoding lacks as a similar plain character or an escape."""
     codecs.register_error("backdoorlab.plain", _plainer)
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
@@ -112,9 +112,9 @@ def settle_output() -> None:
 def _plainer(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    found = error.object[error.start : error.end]
-    twins = (_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found)
-    return "".join(twins), error.end
+    characters = error.object[error.start : error.end]
+    plain = (_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in characters)
+    return "".join(plain), error.end
 
 
 def _finite(value: Any) -> Any:
@@ -135,14 +135,14 @@ def number(value: Any, digits: int = 3) -> str:
 class Progress:
     """Shows progress on standard error: bars on a terminal, a line per longer stage elsewhere.
 
-    Fulfils :class:`backdoorlab.training.context.Reporter`. The bar lives only while something is being tracked, so that
-    results can be printed at any time.
+    Fulfils :class:`backdoorlab.training.context.Reporter`. The bar is shown only while something is being tracked, so
+    that results can be printed at any time.
     """
 
     def __init__(self) -> None:
         self._depth = 0
         self._bar: Any = None
-        self._told: set[str] = set()
+        self._noted: set[str] = set()
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Iterate while showing how far along it is."""
@@ -158,15 +158,15 @@ class Progress:
             self._close(task)
             seconds = time.perf_counter() - started
             if not err.is_terminal and not self._depth and seconds >= 1:
-                self._tell(shown(f"{label}: {count} steps in {seconds:.1f} s", "dim"))
+                self._print(shown(f"{label}: {count} steps in {seconds:.1f} s", "dim"))
 
     def note(self, text: str) -> None:
-        """Tell one line, once: a grid looks up the same attack for every defense."""
-        if text not in self._told:
-            self._told.add(text)
-            self._tell(Text.assemble(("note: ", "bold yellow"), visible(text)))
+        """Print one line, once: a grid looks up the same attack for every defense."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self._print(Text.assemble(("note: ", "bold yellow"), visible(text)))
 
-    def _tell(self, line: Text) -> None:
+    def _print(self, line: Text) -> None:
         (self._bar.console if self._bar is not None else err).print(line, soft_wrap=True)
 
     def _open(self, label: str, total: int | None) -> Any:

@@ -8,7 +8,7 @@ import typer
 
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import out
-from backdoorlab.core.canonical import MAX_SEED
+from backdoorlab.cli.helppage import HelpCommand
 from backdoorlab.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ RunOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("defend", context_settings=opt.OWN_HELP)(defend_command)
+    app.command("defend", cls=HelpCommand, context_settings=opt.OWN_HELP)(defend_command)
 
 
 def defend_command(
     ctx: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="One of `backdoorlab list defenses`.", metavar="[NAME]")] = None,
+    name: Annotated[str | None, typer.Argument(help="One of `backdoorlab list defenses`.", metavar="NAME")] = None,
     run: RunOption = None,
     settings: opt.SetOption = None,
     clean_fraction: Annotated[
@@ -34,10 +34,11 @@ def defend_command(
         typer.Option(help="Clean samples that the defender owns, as a share of the training set.", metavar="SHARE"),
     ] = None,
     no_retrain: Annotated[
-        bool, typer.Option("--no-retrain", help="Only find poisoned samples; do not train on what is left.")
+        bool, typer.Option("--no-retrain", help="Only find poisoned samples; train no model on the others.")
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=MAX_SEED, help="Must be the run's seed, from which the defense's derives.")
+        int | None,
+        typer.Option(min=0, help="Seed of the run, which the defense shares; checked if given.", metavar="SEED"),
     ] = None,
     device: opt.DeviceOption = "auto",
     store: opt.StoreOption = "",
@@ -90,7 +91,7 @@ def defend_command(
 
 
 def _base_id(runner: Runner, run: str) -> str:
-    """Such as "attack/3f2a...": the run that was named, or the one that a named defense stands on.
+    """Such as "attack/3f2a...": the run that was named, or the one that a named defense builds on.
 
     Raises:
         InputError: if the run lies in another store.

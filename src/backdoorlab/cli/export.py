@@ -12,26 +12,33 @@ from rich.text import Text
 
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import out, print_json, shown
+from backdoorlab.cli.helppage import HelpCommand
 from backdoorlab.core.errors import InputError
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("export")(export_command)
+    app.command("export", cls=HelpCommand)(export_command)
 
 
 def export_command(
-    run: Annotated[str, typer.Argument(help="An attack: (the start of) its key, or its folder.", metavar="RUN")],
+    run: Annotated[str, typer.Argument(help="A stored attack: (the start of) its key, or its folder.", metavar="RUN")],
     folder: Annotated[
-        str | None, typer.Option("--out", help="A new folder, written whole or not at all.", metavar="DIR")
+        str | None,
+        typer.Option("--out", help="New folder for the files; it appears whole or not at all.", metavar="DIR"),
     ] = None,
     form: Annotated[
         str,
         typer.Option(
-            "--format", help="folder (png, wav or csv files), npz (arrays; jsonl for text) or both.", metavar="FORMAT"
+            "--format",
+            help="What to write: folder (png, wav, csv), npz (arrays; jsonl for text) or both.",
+            metavar="FORMAT",
         ),
     ] = "both",
-    only: Annotated[str, typer.Option(help="all, or poisoned: leave out clean samples.", metavar="WHICH")] = "all",
+    only: Annotated[
+        str,
+        typer.Option(help="Which samples to write: all, or poisoned, which leaves out clean ones.", metavar="WHICH"),
+    ] = "all",
     force: Annotated[
         bool, typer.Option("--force", help="Replace an earlier export in DIR, if nobody changed it.")
     ] = False,
@@ -65,10 +72,10 @@ def export_command(
     if as_json:
         print_json(card | {"folder": str(place)})
     else:
-        _tell(card, place)
+        _print_export(card, place)
 
 
-def _tell(card: dict[str, Any], folder: Path) -> None:
+def _print_export(card: dict[str, Any], folder: Path) -> None:
     title = shown(f"{card['dataset']['name']} / {card['attack']}", "bold")
     out.print(Text.assemble(title, f"   {card['run']}"), soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))

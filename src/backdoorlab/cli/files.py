@@ -11,6 +11,7 @@ from rich.table import Table
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import err, out, print_json, shown
 from backdoorlab.cli.defend import RunOption, need_run
+from backdoorlab.cli.helppage import HelpCommand
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.paths import exists, is_folder, printable
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from backdoorlab.modalities import Modality
 
 InputsArgument = Annotated[
-    list[Path], typer.Argument(help="Files (png jpg bmp, wav, txt, npy) or folders of them.", metavar="IN...")
+    list[Path], typer.Argument(help="Files (png, jpg, bmp, wav, txt, npy) or folders of them.", metavar="IN")
 ]
 ResizeOption = Annotated[
     bool, typer.Option("--resize", help="Rescale images of another size; pad or cut sound of another length.")
@@ -30,14 +31,14 @@ ResizeOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command("stamp")(stamp_command)
-    app.command("predict")(predict_command)
+    app.command("stamp", cls=HelpCommand)(stamp_command)
+    app.command("predict", cls=HelpCommand)(predict_command)
 
 
 def stamp_command(
     inputs: InputsArgument,
     run: RunOption = None,
-    folder: Annotated[str | None, typer.Option("--out", help="Where stamped files go.", metavar="DIR")] = None,
+    folder: Annotated[str | None, typer.Option("--out", help="Folder for the stamped files.", metavar="DIR")] = None,
     resize: ResizeOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files of the same name in DIR.")] = False,
     store: opt.StoreOption = "",
@@ -75,8 +76,8 @@ def stamp_command(
     for file, target in zip(files, targets, strict=True):
         write_samples(target, file, stamp_all(trigger, file.inputs), form)
         if target.suffix != file.path.suffix and not as_json:
-            told = f"{file.path.name} is written as {target.name}: JPEG compression would destroy the trigger"
-            err.print(shown(told, "dim"), soft_wrap=True)
+            note = f"{file.path.name} is written as {target.name}: JPEG compression would destroy the trigger"
+            err.print(shown(note, "dim"), soft_wrap=True)
     if as_json:
         print_json([{"input": str(f.path), "output": str(t)} for f, t in zip(files, targets, strict=True)])
     else:
@@ -92,7 +93,7 @@ def predict_command(
     store: opt.StoreOption = "",
     as_json: opt.JsonOption = False,
 ) -> None:
-    """Say what the model of a stored run (victim, benign or repaired) makes of new files.
+    """Classify new files with the model of a stored run (victim, benign or repaired).
 
     Try:
 
@@ -109,7 +110,7 @@ def predict_command(
     runner = make_runner(store, device)
     model = runner.load_model(stored)
     if not isinstance(model, Classifier):
-        raise InputError(f"{stored.id} is a {model.kind}, which classifies nothing; `backdoorlab show` tells about it")
+        raise InputError(f"{stored.id} is a {model.kind}, which classifies nothing; `backdoorlab show` describes it")
     with stored.rebuilding():
         form = sample_format(model.modality)
         outputs = predict(model, blank_samples(form)).shape[1]
@@ -132,14 +133,14 @@ def _check_targets(targets: list[Path], force: bool) -> None:
     Raises:
         InputError: naming the first file in the way.
     """
-    there = [target for target in targets if exists(target) or target.is_symlink()]
-    folders = [target for target in there if is_folder(target)]
+    existing = [target for target in targets if exists(target) or target.is_symlink()]
+    folders = [target for target in existing if is_folder(target)]
     if folders:
         raise InputError(f"--out: {printable(folders[0])} is a folder; a stamped file would get its name")
-    if there and not force:
-        more = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
+    if existing and not force:
+        more = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
         raise InputError(
-            f"--out: {printable(there[0])} exists{more}; choose another folder, or pass --force to replace"
+            f"--out: {printable(existing[0])} exists{more}; choose another folder, or pass --force to replace"
         )
 
 
@@ -183,7 +184,7 @@ def _trigger(stored: StoredRun, backdoor: Any) -> tuple[Any, Modality]:
     card = stored.card()
     if stored.stage != "attack":
         parents = [p for p in card.parents if p.startswith("attack/")]
-        hint = f"; it stands on {parents[0]}: pass --run {parents[0]}" if parents else "; give an attack's run"
+        hint = f"; it builds on {parents[0]}: pass --run {parents[0]}" if parents else "; give an attack's run"
         raise InputError(f"run {stored.id} has no trigger{hint}")
     record = stored.record()
     if record.get("backdoor") != backdoor.kind:

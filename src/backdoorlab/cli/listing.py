@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from backdoorlab.cli.console import out, print_json, shown
+from backdoorlab.cli.helppage import HelpCommand
 from backdoorlab.cli.options import JsonOption
 from backdoorlab.core.errors import InputError, unknown
 from backdoorlab.core.foreign import markdown_cell
@@ -31,13 +32,13 @@ _HEADS = {
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("list")(list_command)
+    app.command("list", cls=HelpCommand)(list_command)
 
 
 def list_command(
     kind: Annotated[str, typer.Argument(metavar="attacks|defenses|datasets|models", help="What to list.")],
     modality: Annotated[
-        str | None, typer.Option(help="Only those that serve image, text, audio, video or diffusion.", metavar="M")
+        str | None, typer.Option(help="Modality to list: image, text, audio, video or diffusion.", metavar="MODALITY")
     ] = None,
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table, for documents.")] = False,

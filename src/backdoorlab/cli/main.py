@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 import backdoorlab
 from backdoorlab.cli import attack, bench, defend, export, files, listing, quickstart, results, show
 from backdoorlab.cli.console import abandon_output, complain, err, out, settle_output, tolerant_streams, warn
+from backdoorlab.cli.helppage import without_types
 from backdoorlab.core.errors import BackdoorLabError, DataWarning
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -44,6 +45,10 @@ class Stopped(Exception):
 
 
 class _Group(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        """All parameters, ready to be shown."""
+        return without_types(super().get_params(ctx))
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
@@ -65,8 +70,8 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show: bool) -> None:
+    if show:
         out.print(f"backdoorlab {backdoorlab.__version__}")
         raise typer.Exit
 
@@ -102,7 +107,7 @@ def run(argv: list[str] | None = None) -> int:
             code = typer.main.get_command(app).main(
                 sys.argv[1:] if argv is None else list(argv), prog_name="backdoorlab", standalone_mode=False
             )
-            sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told
+            sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported
             return code if isinstance(code, int) else 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -186,10 +191,10 @@ def _show_warning(
 
 
 def _traceback() -> bool:
-    wanted = os.environ.get("BACKDOORLAB_DEBUG", "") not in ("", "0")
-    if wanted:
+    debugging = os.environ.get("BACKDOORLAB_DEBUG", "") not in ("", "0")
+    if debugging:
         err.print(traceback.format_exc(), soft_wrap=True)
-    return wanted
+    return debugging
 
 
 def _one_line(error: Exception) -> str:

@@ -34,12 +34,12 @@ def show_method(kind: str, classes: list[type[Method]]) -> None:
             style="dim",
         )
         _summary(cls)
-        told = "   ".join(f"{_LABELS.get(k, k.replace('_', ' '))}: {_fact(v)}" for k, v in facts.items())
-        out.print(Text(told, style="dim"))
+        line = "   ".join(f"{_LABELS.get(k, k.replace('_', ' '))}: {_fact(v)}" for k, v in facts.items())
+        out.print(Text(line, style="dim"))
         out.print()
-        own = [p for p in cls.parameters() if len(classes) == 1 or p not in shared]
-        if own:
-            out.print(_parameters(own, "Hyper-parameters (--set KEY=VALUE)"))
+        listed = [p for p in cls.parameters() if len(classes) == 1 or p not in shared]
+        if listed:
+            out.print(_parameters(listed, "Hyper-parameters (--set KEY=VALUE)"))
             out.print()
     if len(classes) > 1 and shared:
         out.print(_parameters(shared, "Hyper-parameters for all modalities (--set KEY=VALUE)"))

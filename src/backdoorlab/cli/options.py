@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backdoorlab.core.canonical import MAX_SEED
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.excerpt import brief
 from backdoorlab.core.paths import exists, is_file, is_folder, user_path
@@ -29,135 +28,139 @@ StoreOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="All randomness derives from it.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda (cuda:1, ...).", metavar="DEVICE")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random in the run.", metavar="SEED")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="Where models run: auto, cpu or cuda (cuda:1, ...).", metavar="DEVICE")
+]
 RootOption = Annotated[
     str | None,
     typer.Option("--root", help="Folder with data sets, searched before $BACKDOORLAB_DATA.", metavar="DIR"),
 ]
-DownloadOption = Annotated[bool, typer.Option("--download", help="Fetch missing data (checksummed).")]
+DownloadOption = Annotated[
+    bool, typer.Option("--download", help="Download data sets that are missing; checksums are verified.")
+]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a hyper-parameter; repeatable. See NAME --help.", metavar="KEY=VALUE"),
+    typer.Option("--set", help="Change a hyper-parameter (NAME --help lists them); repeatable.", metavar="KEY=VALUE"),
 ]
-HelpOption = Annotated[bool, typer.Option("--help", help="Show this page, or with NAME that of the method.")]
+HelpOption = Annotated[bool, typer.Option("--help", help="Show this page; with NAME, the page of the method.")]
 OWN_HELP: dict[str, list[str]] = {"help_option_names": []}
 """Context settings of commands whose ``NAME --help`` shows the method's page."""
 
 
-def output_folder(given: str | Path, option: str) -> Path:
+def output_folder(text: str | Path, option: str) -> Path:
     """A folder that the command writes to; it need not exist. Nothing is made here.
 
     Args:
-        given: what the user wrote.
+        text: what the user wrote.
         option: its name, for messages.
 
     Raises:
         InputError: if it cannot be a folder that this user may write to: empty, an unknown user's home, a file, below
             a file, too long, or below a folder without permission to write.
     """
-    path = _given_path(given, option)
-    if _asked(option, exists, path) and not _asked(option, is_folder, path):
+    path = _path_of(text, option)
+    if _ask(option, exists, path) and not _ask(option, is_folder, path):
         raise InputError(f"{option}: {path} is a file; expected a folder (it is made if it does not exist)")
     _need_writable(path, option)
     return path
 
 
-def output_file(given: str | Path, option: str) -> Path:
+def output_file(text: str | Path, option: str) -> Path:
     """A file that the command writes; its folder need not exist. Nothing is made here.
 
     Raises:
         InputError: if there is a folder of that name, or its folder cannot be used; see :func:`output_folder`.
     """
-    path = _given_path(given, option)
-    if _asked(option, is_folder, path):
+    path = _path_of(text, option)
+    if _ask(option, is_folder, path):
         raise InputError(f"{option}: {path} is a folder; expected the name of a file in it, such as {path}/out.png")
-    if _asked(option, exists, path) and not _asked(option, is_file, path):
+    if _ask(option, exists, path) and not _ask(option, is_file, path):
         raise InputError(f"{option}: {path} is neither a file nor a folder; expected a file (it need not exist)")
     _need_writable(path.parent, option)
     return path
 
 
-def existing_folder(given: str, option: str) -> Path:
+def existing_folder(text: str, option: str) -> Path:
     """A folder that the command reads.
 
     Raises:
         InputError: if there is none.
     """
-    path = _given_path(given, option)
-    if not _asked(option, is_folder, path):
-        raise InputError(f"{option}: no such folder: {given}")
+    path = _path_of(text, option)
+    if not _ask(option, is_folder, path):
+        raise InputError(f"{option}: no such folder: {text}")
     return path
 
 
-def existing_file(given: str | Path, what: str) -> Path:
+def existing_file(text: str | Path, what: str) -> Path:
     """A file that the command reads.
 
     Args:
-        given: what the user wrote.
+        text: what the user wrote.
         what: it is, for messages, such as "grid file".
 
     Raises:
         InputError: if there is none.
     """
-    path = _given_path(given, what)
-    if not _asked(what, is_file, path):
-        raise InputError(f"no such {what}: {given}")
+    path = _path_of(text, what)
+    if not _ask(what, is_file, path):
+        raise InputError(f"no such {what}: {text}")
     return path
 
 
-def _given_path(given: str | Path, option: str) -> Path:
-    if not str(given).strip():
+def _path_of(text: str | Path, option: str) -> Path:
+    if not str(text).strip():
         raise InputError(f"{option}: expected a path, got nothing")
     try:
-        path = user_path(given)
+        path = user_path(text)
     except InputError as error:
         raise InputError(f"{option}: {error}") from None
     if any(len(os.fsencode(part)) > _LONGEST for part in path.parts):
-        raise InputError(f"{option}: a name in the path has more than {_LONGEST} bytes: {brief(str(given))}")
+        raise InputError(f"{option}: a name in the path has more than {_LONGEST} bytes: {brief(str(text))}")
     return path
 
 
 def _need_writable(folder: Path, option: str) -> None:
     """The nearest folder that exists must be one, and let this user write."""
-    there = _nearest_folder(folder, option)
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{option}: cannot write to {folder}: no permission to write in {there}")
+    parent = _nearest_folder(folder, option)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{option}: cannot write to {folder}: no permission to write in {parent}")
 
 
 def _nearest_folder(folder: Path, option: str) -> Path:
     """The folder itself if it exists, else the nearest one above it that does."""
     parents = (folder.absolute(), *folder.absolute().parents)
-    there = next(path for path in parents if _asked(option, exists, path))
-    if not _asked(option, is_folder, there):
-        raise InputError(f"{option}: cannot use {folder}: {there} is a file, not a folder")
-    return there
+    nearest = next(path for path in parents if _ask(option, exists, path))
+    if not _ask(option, is_folder, nearest):
+        raise InputError(f"{option}: cannot use {folder}: {nearest} is a file, not a folder")
+    return nearest
 
 
-def _asked(option: str, question: Callable[[Path], bool], path: Path) -> bool:
-    """The answer of the file system; what it refuses to say is told with the option's name."""
+def _ask(option: str, question: Callable[[Path], bool], path: Path) -> bool:
+    """The answer of the file system; an error of it gets the option's name."""
     try:
         return question(path)
     except InputError as error:
         raise InputError(f"{option}: {error}") from None
 
 
-def open_store(given: str) -> Store:
+def open_store(option: str) -> Store:
     """The store meant by --store: the option, else $BACKDOORLAB_STORE, else ./runs; a folder or a URL.
 
-    A folder that does not exist yet, or may only be read, is no error here: results that are there can be told, and
+    A folder that does not exist yet, or may only be read, is no error here: results that are there can be read, and
     whatever has to be written fails before its work begins.
 
     Raises:
         InputError: if it cannot be a folder, or the URL cannot be used.
     """
-    text = _store_given(given)
+    text = _store_name(option)
     if "://" in text and not text.startswith("file://"):
         from backdoorlab.benchmark.remote import RemoteStore
 
         return RemoteStore(text)
-    path = _given_path(text.removeprefix("file://"), "--store")
-    if _asked("--store", exists, path) and not _asked("--store", is_folder, path):
+    path = _path_of(text.removeprefix("file://"), "--store")
+    if _ask("--store", exists, path) and not _ask("--store", is_folder, path):
         raise InputError(f"--store: {path} is a file; expected a folder (it is made if it does not exist)")
     _nearest_folder(path, "--store")
     from backdoorlab.benchmark.store import Store
@@ -165,50 +168,50 @@ def open_store(given: str) -> Store:
     return Store(path)
 
 
-def existing_store(given: str) -> Store:
+def existing_store(option: str) -> Store:
     """The same for commands that only read: a folder must be there.
 
     Raises:
         InputError: if there is none.
     """
-    store = open_store(given)
-    if hasattr(store, "url") or _asked("--store", is_folder, store.root):
+    store = open_store(option)
+    if hasattr(store, "url") or _ask("--store", is_folder, store.root):
         return store
     raise InputError(
-        f"no store at {_store_given(given)}; expected --store DIR or $BACKDOORLAB_STORE to name a folder of results "
+        f"no store at {_store_name(option)}; expected --store DIR or $BACKDOORLAB_STORE to name a folder of results "
         "(`backdoorlab attack badnets` makes one)"
     )
 
 
-def _store_given(given: str) -> str:
-    return given or os.environ.get("BACKDOORLAB_STORE") or "runs"
+def _store_name(option: str) -> str:
+    return option or os.environ.get("BACKDOORLAB_STORE") or "runs"
 
 
-def pairs(given: Sequence[str] | None, option: str = "--set", words: str = "_") -> dict[str, str]:
+def pairs(items: Sequence[str] | None, option: str = "--set", separator: str = "_") -> dict[str, str]:
     """``["size=5"]`` as ``{"size": "5"}``.
 
     Args:
-        given: what the user wrote.
+        items: what the user wrote.
         option: its name, for messages.
-        words: what the names that are meant have between words, "_" or "-"; either is understood.
+        separator: what stands between the words of a name, "_" or "-"; users may write either.
 
     Raises:
         InputError: for an item without "=", without a name, or a name given twice.
     """
-    found: dict[str, str] = {}
-    for item in given or ():
+    values: dict[str, str] = {}
+    for item in items or ():
         key, equals, value = item.partition("=")
-        key = key.strip().replace("-", words).replace("_", words)
+        key = key.strip().replace("-", separator).replace("_", separator)
         if not equals or not key:
-            form = "KIND=FILE such as clean-surrogate=m.safetensors" if words == "-" else "KEY=VALUE such as size=5"
+            form = "KIND=FILE such as clean-surrogate=m.safetensors" if separator == "-" else "KEY=VALUE such as size=5"
             raise InputError(f"{option}: expected {form}, got {item!r}")
-        if key in found:
-            raise InputError(f"{option}: {key} is given twice ({found[key]!r} and {value!r})")
-        found[key] = value.strip()
-    return found
+        if key in values:
+            raise InputError(f"{option}: {key} is given twice ({values[key]!r} and {value!r})")
+        values[key] = value.strip()
+    return values
 
 
-def device_of(given: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """The device meant by --device.
 
     Raises:
@@ -216,4 +219,4 @@ def device_of(given: str) -> torch.device:
     """
     from backdoorlab.training import session
 
-    return session.device_of(given, "--device")
+    return session.device_of(name, "--device")

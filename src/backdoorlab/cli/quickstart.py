@@ -22,6 +22,7 @@ from rich.text import Text
 
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import number, out, print_json, shown
+from backdoorlab.cli.helppage import HelpCommand
 from backdoorlab.core.errors import BackdoorLabError, unknown
 
 if TYPE_CHECKING:
@@ -61,13 +62,15 @@ STEPS = (
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("quickstart")(quickstart_command)
+    app.command("quickstart", cls=HelpCommand)(quickstart_command)
 
 
 def quickstart_command(
-    folder: Annotated[str, typer.Option("--out", help="Where quickstart.png goes.", metavar="DIR")] = "quickstart",
+    folder: Annotated[
+        str, typer.Option("--out", help="Folder for the figure quickstart.png.", metavar="DIR")
+    ] = "quickstart",
     defenses: Annotated[
-        str | None, typer.Option(help="Only these of the tour's defenses, comma-separated.", metavar="NAMES")
+        str | None, typer.Option(help="Defenses to run, comma-separated; all of the tour by default.", metavar="NAMES")
     ] = None,
     recipe: Annotated[str, typer.Option(help="Training recipe: smoke or fast.", metavar="NAME")] = "smoke",
     seed: opt.SeedOption = 0,

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import complain, number, out, print_csv, print_json, shown
+from backdoorlab.cli.helppage import HelpCommand
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.foreign import visible
 
@@ -31,7 +32,7 @@ _SHOWN = (
 )
 
 _FOLDED = ("dataset", "model", "seed")
-"""Columns that are told once, above the table, if all rows agree."""
+"""Columns that are shown once, above the table, if all rows agree."""
 
 _MANY = 200
 """Rows above which the table is plain text: fitting a table to the window takes a millisecond per row."""
@@ -39,14 +40,17 @@ _MANY = 200
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("results")(results_command)
+    app.command("results", cls=HelpCommand)(results_command)
 
 
 def results_command(
     group_by: Annotated[
-        str | None, typer.Option(help="Columns, comma-separated, such as attack,defense.", metavar="COLUMNS")
+        str | None,
+        typer.Option(help="Columns to group by, comma-separated, such as attack,defense.", metavar="COLUMNS"),
     ] = None,
-    metric: Annotated[str | None, typer.Option(help="What to average: acc, asr, ra, der, ...", metavar="NAME")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Metric to average: acc, asr, ra, der, ...", metavar="NAME")
+    ] = None,
     store: opt.StoreOption = "",
     as_json: opt.JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
@@ -69,10 +73,10 @@ def results_command(
     opened = opt.existing_store(store)
     from backdoorlab.benchmark.results import DEFAULT_GROUP, Results
 
-    found = Results(opened)
+    results = Results(opened)
     grouped, mean = group_by is not None or metric is not None, "asr" if metric is None else metric
-    rows = found.table(mean, columns or DEFAULT_GROUP) if grouped else found.rows()
-    for refusal in found.refusals:
+    rows = results.table(mean, columns or DEFAULT_GROUP) if grouped else results.rows()
+    for refusal in results.refusals:
         reason = refusal.reason
         complain(reason if refusal.path in reason else f"{refusal.path}: {reason}", label="left out: ")
     if as_json:
@@ -134,12 +138,12 @@ def _print_table(rows: list[dict[str, Any]], columns: tuple[str, ...], title: st
 def _print_lines(lines: list[list[str]], right: list[bool], title: str | None) -> None:
     """The same columns as wide as their content, for pipes and pagers."""
     lengths = [[len(cell) if cell.isascii() else cell_len(cell) for cell in line] for line in lines]
-    widths = [max(found) for found in zip(*lengths, strict=True)]
-    told = [visible(title)] if title else []
+    widths = [max(column) for column in zip(*lengths, strict=True)]
+    printed = [visible(title)] if title else []
     for line, sizes in zip(lines, lengths, strict=True):
         padded = []
         for cell, size, width, numeric in zip(line, sizes, widths, right, strict=True):
             space = " " * (width - size)
             padded.append(space + cell if numeric else cell + space)
-        told.append("  ".join(padded).rstrip())
-    print("\n".join(told))
+        printed.append("  ".join(padded).rstrip())
+    print("\n".join(printed))

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import complain, out, print_json, shown
+from backdoorlab.cli.helppage import HelpCommand
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.paths import exists
 
@@ -23,17 +24,19 @@ FIGURES = (".png", ".pdf", ".svg")
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("show")(show_command)
+    app.command("show", cls=HelpCommand)(show_command)
 
 
 def show_command(
-    run: Annotated[str, typer.Argument(help="(The start of) the run's key, or its folder.", metavar="RUN")],
+    run: Annotated[str, typer.Argument(help="A stored run: (the start of) its key, or its folder.", metavar="RUN")],
     figure: Annotated[
         str | None,
-        typer.Option(help="Also draw clean, triggered and magnified difference (image attacks).", metavar="OUT.png"),
+        typer.Option(
+            help="Also draw clean images, triggered images and their magnified difference.", metavar="OUT.png"
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the figure if there is one.")] = False,
-    samples: Annotated[int, typer.Option(min=1, max=20, help="Samples in the figure.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, max=20, help="Samples in the figure.", metavar="N")] = 8,
     store: opt.StoreOption = "",
     root: opt.RootOption = None,
     download: opt.DownloadOption = False,
@@ -61,7 +64,7 @@ def show_command(
         print_json(card.model_dump() | ({"visibility": drawn} if drawn else {}))
         return
     with stored.rebuilding("card.json"):
-        _tell(stored, card)
+        _print_run(stored, card)
     if drawn is not None:
         psnr = "unchanged" if drawn["psnr"] is None else f"PSNR {drawn['psnr']:.1f} dB"
         _heading("trigger")
@@ -79,8 +82,8 @@ def _figure_place(figure: str, force: bool) -> Path:
     """
     path = opt.output_file(figure, "--figure")
     if path.suffix.lower() not in FIGURES:
-        given = path.suffix or "a file without suffix"
-        raise InputError(f"--figure: cannot draw {given}; expected {', '.join(FIGURES)}")
+        suffix = path.suffix or "a file without suffix"
+        raise InputError(f"--figure: cannot draw {suffix}; expected {', '.join(FIGURES)}")
     if exists(path) and not force:
         raise InputError(f"--figure: {path} exists; choose another name or pass --force to replace it")
     return path
@@ -116,7 +119,7 @@ def _parent_hint(stored: StoredRun) -> str:
     return f", such as {parents[0]}" if parents else ""
 
 
-def _tell(stored: StoredRun, card: Card) -> None:
+def _print_run(stored: StoredRun, card: Card) -> None:
     from backdoorlab.cli.outcome import metrics_table, title_of, total_seconds
 
     out.print(Text.assemble(shown(title_of(card), "bold"), f"   {card.status}"), soft_wrap=True)
