@@ -407,6 +407,7 @@ class ModelDefense(Defense):
         model: Classifier,
         clean: Split | None = None,
         *,
+        suspicious: Split | None = None,
         seed: int = 0,
         device: str | torch.device = "auto",
         progress: bool | None = None,
@@ -416,6 +417,7 @@ class ModelDefense(Defense):
         Args:
             model: the suspicious model; left as it is.
             clean: samples known to be clean.
+            suspicious: the training set, for defenses that read it.
             seed: all randomness derives from it.
             device: "auto", "cpu", "cuda", ...
             progress: show bars; None shows them on a terminal and in a notebook.
@@ -424,7 +426,7 @@ class ModelDefense(Defense):
             InputError: if something that this defense reads is missing, or the data do not suffice.
             NotApplicable: if the method cannot work on such a model.
         """
-        view, ctx = self._prepared(seed, device, progress, model=model, clean=clean)
+        view, ctx = self._prepared(seed, device, progress, model=model, clean=clean, suspicious=suspicious)
         return self._apply(view, ctx)
 
     def _apply(self, view: DefenderView, ctx: Context) -> ScanReport:
