@@ -97,7 +97,7 @@ class ScanReport:
     Attributes:
         score: anomaly score, higher = more suspicious.
         backdoored: the verdict by the paper's threshold.
-        targets: suspected target classes, most suspicious first (empty if none).
+        targets: suspected target classes, most suspicious first (empty if none, or if the method names no class).
         per_class: evidence per class (such as mask norms), K numbers.
         recovered: reverse-engineered triggers as tensors, by name.
     """
@@ -408,6 +408,7 @@ class ModelDefense(Defense):
         clean: Split | None = None,
         *,
         suspicious: Split | None = None,
+        blueprint: Blueprint | None = None,
         seed: int = 0,
         device: str | torch.device = "auto",
         progress: bool | None = None,
@@ -418,6 +419,7 @@ class ModelDefense(Defense):
             model: the suspicious model; left as it is.
             clean: samples known to be clean.
             suspicious: the training set, for defenses that read it.
+            blueprint: how such a model is trained (``task.blueprint``), for defenses that read it.
             seed: all randomness derives from it.
             device: "auto", "cpu", "cuda", ...
             progress: show bars; None shows them on a terminal and in a notebook.
@@ -426,7 +428,9 @@ class ModelDefense(Defense):
             InputError: if something that this defense reads is missing, or the data do not suffice.
             NotApplicable: if the method cannot work on such a model.
         """
-        view, ctx = self._prepared(seed, device, progress, model=model, clean=clean, suspicious=suspicious)
+        view, ctx = self._prepared(
+            seed, device, progress, model=model, clean=clean, suspicious=suspicious, blueprint=blueprint
+        )
         return self._apply(view, ctx)
 
     def _apply(self, view: DefenderView, ctx: Context) -> ScanReport:
