@@ -1,4 +1,4 @@
-"""The front door for Python: what ``import backdoorlab as bl`` offers."""
+"""The Python interface: what ``import backdoorlab as bl`` offers."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ def defend(
     progress: bool | None = None,
     **settings: Any,
 ) -> Evaluation:
-    """Apply a defense to a planted backdoor and measure what it is worth.
+    """Apply a defense to a planted backdoor and measure how well it works.
 
-    The defense never sees the test set or the trigger; measuring does. Whoever does not know the truth calls the
+    The defense never sees the test set or the trigger; measuring does. For a model or data of unknown origin call the
     defense itself: ``bl.defenses.ANP().repair(model, clean=...)``.
 
     Args:

@@ -3,7 +3,7 @@
 Both formats have short documents that stand for huge or endless values: aliases of aliases, lists that hold themselves,
 ten thousand brackets, integers of any length. What is read here is bounded in bytes, depth and number of values *after*
 aliases are followed, and consists of null, truth values, finite 64-bit numbers, text, lists and mappings with text as
-keys; nothing else is ever built. A document that is refused is told in one line that shows little of it.
+keys; nothing else is ever built. The error for a document that is refused is one line and shows little of it.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def parse_json(content: bytes, where: str) -> Any:
         if "\\ud" in text or "\\uD" in text:
             _expect_text(value)
     except (ValueError, RecursionError) as error:
-        why = "nested too deeply" if isinstance(error, RecursionError) else brief(str(error), 200)
-        raise ArtifactError(f"{where}: not valid JSON ({why})") from None
+        problem = "nested too deeply" if isinstance(error, RecursionError) else brief(str(error), 200)
+        raise ArtifactError(f"{where}: not valid JSON ({problem})") from None
     return value
 
 
@@ -121,8 +121,8 @@ class _Loader(yaml.SafeLoader):
         _TAG + name: yaml.SafeLoader.yaml_constructors[_TAG + name] for name in ("null", "bool", "float", "seq", "map")
     }
     yaml_implicit_resolvers: dict[Any, Any] = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in found if tag.removeprefix(_TAG) in ("null", "bool", "merge")]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(_TAG) in ("null", "bool", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def __init__(self, text: str) -> None:
@@ -167,8 +167,8 @@ class _Loader(yaml.SafeLoader):
                 if key.tag == _TAG + "merge":
                     continue
                 if key.tag != _TAG + "str":
-                    given = repr(brief(key.value)) if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
-                    problem = f"a key must be text, got {given} (quote it)"
+                    shown = repr(brief(key.value)) if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
+                    problem = f"a key must be text, got {shown} (quote it)"
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
                 if key.value in keys:
                     raise yaml.MarkedYAMLError(
