@@ -17,6 +17,9 @@ Stamp = Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor
 """(encoded raw batch, labels, sample indices, generator) -> (raw batch, labels): what an attacker who controls
 training does to each batch before augmentation."""
 
+View = Callable[[Tensor, torch.Generator], Tensor]
+"""(encoded raw batch, generator) -> model input, augmented."""
+
 B = TypeVar("B")
 C = TypeVar("C")
 T_co = TypeVar("T_co", covariant=True)
@@ -71,6 +74,7 @@ class Shuffled:
         augment: bool = True,
         stamp: Stamp | None = None,
         views: int = 1,
+        view: View | None = None,
     ) -> None:
         """Lay the samples on the generator's device.
 
@@ -82,6 +86,7 @@ class Shuffled:
             augment: whether views are augmented.
             stamp: edits raw batches.
             views: how many of each batch.
+            view: makes one; None takes the modality's own augmentation.
 
         Raises:
             InputError: if the split has fewer samples than a batch.
@@ -94,7 +99,7 @@ class Shuffled:
             table = table.contiguous(memory_format=torch.channels_last)
         self.table, self.labels, self.modality = table, split.labels.to(device), modality
         self.batch_size, self.generator, self.augment, self.stamp = batch_size, generator, augment, stamp
-        self.views = views
+        self.views, self.view = views, view or self._usual
 
     def __len__(self) -> int:
         return len(self.labels) // self.batch_size
@@ -109,9 +114,10 @@ class Shuffled:
         raw, labels = self.table[indices], self.labels[indices]
         if self.stamp is not None:
             raw, labels = self.stamp(raw, labels, indices, self.generator)
-        prepare, generator = self.modality.prepare, self.generator
-        views = tuple(prepare(raw, train=self.augment, generator=generator) for _ in range(self.views))
-        return Batch(views, labels, indices)
+        return Batch(tuple(self.view(raw, self.generator) for _ in range(self.views)), labels, indices)
+
+    def _usual(self, raw: Tensor, generator: torch.Generator) -> Tensor:
+        return self.modality.prepare(raw, train=self.augment, generator=generator)
 
 
 class Drawn(Shuffled):
@@ -126,9 +132,10 @@ class Drawn(Shuffled):
         steps: int,
         *,
         augment: bool = False,
+        views: int = 1,
     ) -> None:
         """As :class:`Shuffled`, with the number of batches of an epoch."""
-        super().__init__(split, modality, min(batch_size, len(split)), generator, augment=augment)
+        super().__init__(split, modality, min(batch_size, len(split)), generator, augment=augment, views=views)
         self.steps = steps
 
     def __len__(self) -> int:
