@@ -111,14 +111,27 @@ class SoftPrompts:
 
     def logits(self, inputs: Tensor, classes: Tensor) -> Tensor:
         """See :class:`Candidates`; what no longer fits is cut off at the end, as for any inserted word."""
-        count, kept = len(classes), inputs.shape[1] - self.length
+        prompts = (self.parameters[0][classes] * self.unit).unsqueeze(1).expand(-1, len(inputs), -1, -1)
+        joined, ids = self.insert(inputs, prompts)
+        logits = self.forward_embedded(joined.flatten(0, 1), ids.repeat(len(classes), 1))
+        return logits.unflatten(0, (len(classes), len(inputs)))
+
+    def insert(self, inputs: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """Word embeddings of texts under prompts.
+
+        Args:
+            inputs: token ids [B, L].
+            prompts: [A, B, length, E].
+
+        Returns:
+            Embeddings [A, B, L, E], and ids [B, L] that show where the padding is.
+        """
+        kept = inputs.shape[1] - self.length
         filler = inputs.new_full((len(inputs), self.length), int(self.words[0]))
         ids = torch.cat([inputs[:, : self.place], filler, inputs[:, self.place : kept]], 1)
-        embedded = self.embed(ids).expand(count, *ids.shape, -1)
-        prompts = (self.parameters[0][classes] * self.unit).unsqueeze(1).expand(-1, len(inputs), -1, -1)
+        embedded = self.embed(ids).expand(len(prompts), *ids.shape, -1)
         before, after = embedded[:, :, : self.place], embedded[:, :, self.place + self.length :]
-        joined = torch.cat([before, prompts.to(embedded.dtype), after], 2).flatten(0, 1)
-        return self.forward_embedded(joined, ids.repeat(count, 1)).unflatten(0, (count, len(inputs)))
+        return torch.cat([before, prompts.to(embedded.dtype), after], 2), ids
 
     def cost(self, classes: Tensor) -> Tensor:
         """Distances to the nearest words, summed over the prompt."""
