@@ -33,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "blind": {"gate_threshold": 100.0},
     "lc": {"steps": 2},
     "narcissus": {"steps": 30},  # RAdam hardly moves before its sixth step
+    "lira": {"strength": 0.1},  # a generator that is hardly trained moves some pictures by less than one grey level
     "dfst": {"style_steps": 3, "detox_steps": 3},
     "lba": {"steps": 3},
     "ssba": {"steps": 3, "batch_size": 4, "width": 4},
@@ -42,6 +43,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "tuap": {"passes": 2, "deepfool_steps": 50, "target": 1},
     "freeeagle": {"steps": 3},
     "mntd": {"shadows": 2, "folds": 2, "queries": 3, "meta_steps": 3, "shadow_epochs": 1},
+    "nad": {"teacher_epochs": 1},
+    "mcr": {"curve_epochs": 1},
     "nc": {"tune_epochs": 2},
 }
 """Name of a method -> settings beside the usual ones; only what the promises do not depend on."""

@@ -109,14 +109,20 @@ def check_trigger(trigger: Trigger, samples: Inputs, *, covers_all: bool = True)
     assert _equal(again(samples), stamped), f"{trigger.kind}: comes back from the store as another trigger"
 
 
-def check_poison(attack: ClassificationAttack, task: Task, poison: Poison) -> None:
+def check_poison(attack: ClassificationAttack, task: Task, poison: Poison, *, count: int | None = None) -> None:
     """Rate, roles and labels of a poisoned set are exact, and nothing else changed.
+
+    Args:
+        attack: that made it.
+        task: whose training set was poisoned.
+        poison: what is checked.
+        count: poisoned samples, where the rate does not say how many (``cap_rate``).
 
     Raises:
         AssertionError: naming the requirement that is not met.
     """
     backdoor, cover = poison.roles == BACKDOOR, poison.roles == COVER
-    expected = round(attack.rate_on(task) * len(task.train))
+    expected = round(attack.rate_on(task) * len(task.train)) if count is None else count
     assert int(backdoor.sum()) == expected, (
         f"{attack.name}: {int(backdoor.sum())} poisoned samples instead of {expected}"
     )
@@ -162,10 +168,14 @@ def check_attack(attack: ClassificationAttack, task: Task | None = None, *, seed
     assert not backdoor.model.training, f"{attack.name}: the victim must be in evaluation mode"
     check_poison(attack, task, backdoor.poison)
     assert backdoor.poison.replay == (attack.threat_model == "training"), f"{attack.name}: replay flag"
-    for trigger in filter(None, (backdoor.trigger, backdoor.cross_trigger)):
-        check_trigger(trigger, task.test.inputs[:12])
+    check_trigger(backdoor.trigger, task.test.inputs[:12])
+    if backdoor.cross_trigger is not None:
+        check_trigger(backdoor.cross_trigger, task.test.inputs[:12], covers_all=False)
     again = attack.run(task, Context(seed))
     assert isinstance(again, Backdoor)
+    assert _equal(again.trigger(task.test.inputs), backdoor.trigger(task.test.inputs)), (
+        f"{attack.name}: the same seed gives another trigger"
+    )
     assert _equal(again.poison.inputs, backdoor.poison.inputs), f"{attack.name}: the same seed poisons differently"
     for name, weight in backdoor.model.state_dict().items():
         assert torch.equal(weight, again.model.state_dict()[name]), f"{attack.name}: the same seed, another {name}"

@@ -98,6 +98,11 @@ def test_badnets_checker_may_contain_black() -> None:
     assert torch.equal(attack.make_trigger(two_class_task((3, 32, 32)), Context())(images), slow)
 
 
+def test_badnets_settings_that_do_not_fit_the_pictures() -> None:
+    with pytest.raises(InputError, match="size \\+ offset may be at most 16"):
+        make("badnets", size=17).run(tiny_task(GREY), Context())
+
+
 @case("attack/image/badnets", core=True, asr=least(0.85), acc_lost=LOST, benign_asr=OBEYS)
 def effect_of_badnets(seed: int) -> Numbers:
     return planted(seed, "badnets", poison_rate=0.1)[1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attack_tools import RGB, make, per_pixel, pictures, tiny_task, two_class_task
+from attack_tools import GREY, RGB, make, per_pixel, pictures, tiny_task, two_class_task
 from backdoorlab.attacks import attacks
 from backdoorlab.attacks.image.blended import Blended
 from backdoorlab.core.errors import InputError
@@ -42,6 +42,11 @@ def test_blended_takes_a_picture_file(tmp_path: object) -> None:
     (tmp_path / "words.png").write_text("no picture")  # type: ignore[operator]
     with pytest.raises(InputError, match="of none of the known formats"):
         make(attacks.get("blended", "image"), key=f"{tmp_path}/words.png").make_trigger(tiny_task(RGB), Context())
+
+
+def test_blended_settings_that_do_not_fit_the_pictures() -> None:
+    with pytest.raises(InputError, match=r"found no image file no/such/file\.png"):
+        make("blended", key="no/such/file.png").run(tiny_task(GREY), Context())
 
 
 @case("attack/image/blended", asr=least(0.9), acc_lost=LOST, benign_asr=OBEYS)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy.fft import dctn, idctn
 
-from attack_tools import chroma_oracle, pictures, two_class_task
+from attack_tools import GREY, chroma_oracle, make, pictures, tiny_task, two_class_task
 from backdoorlab.attacks.image.ctrl import Ctrl
+from backdoorlab.core.errors import InputError
 from backdoorlab.training import Context
 from effect_tools import LOST, OBEYS, Numbers, case, effects, least, planted
 
@@ -44,6 +45,11 @@ def test_ctrl_adds_to_two_coefficients_of_the_image(
 
         slow = np.stack([chroma_oracle(image.numpy(), "ctrl", edit) for image in images])
         assert np.array_equal(fast.numpy(), slow)
+
+
+def test_ctrl_settings_that_do_not_fit_the_pictures() -> None:
+    with pytest.raises(InputError, match="positions must be numbers from 1 to 31"):
+        make("ctrl", positions=()).run(tiny_task(GREY), Context())
 
 
 @case("attack/image/ctrl", asr=least(0.7), acc_lost=LOST, benign_asr=OBEYS)

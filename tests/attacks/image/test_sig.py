@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from attack_tools import per_pixel, pictures, two_class_task
+from attack_tools import GREY, make, per_pixel, pictures, tiny_task, two_class_task
 from backdoorlab.attacks.image.sig import Sig
+from backdoorlab.core.errors import InputError
 from backdoorlab.training import Context
 from effect_tools import LOST, Numbers, case, effects, least, most, planted
 
@@ -27,6 +28,11 @@ def test_sig_is_a_sinusoid_along_columns(shape: tuple[int, int, int]) -> None:
     ):
         wave = [delta * math.sin(2 * math.pi * j * 5 / width) for j in range(width)]
         assert torch.equal(fast, per_pixel(images, lambda x, c, i, j, w=wave: x + w[j]))
+
+
+def test_sig_settings_that_do_not_fit_the_pictures() -> None:
+    with pytest.raises(InputError, match="frequency must be below 8"):
+        make("sig", frequency=8.0).run(tiny_task(GREY), Context())
 
 
 @case("attack/image/sig", asr=least(0.4), acc_lost=LOST, benign_asr=most(0.4))

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 
 import pytest
 import torch
 
-from backdoorlab.attacks import Attack, attacks
+from backdoorlab.attacks import attacks
 from backdoorlab.benchmark import Experiment, MethodSpec, Runner, Store
 from backdoorlab.benchmark.results import rows
 from backdoorlab.core.errors import InputError
 from backdoorlab.data.sources import DatasetSpec
-from backdoorlab.data.split import BACKDOOR, Dataset, Split
+from backdoorlab.data.split import Dataset, Split
 from backdoorlab.modalities.base import modality_of
 from backdoorlab.tasks import Task, TaskSpec
 from backdoorlab.training import Context, Recipe
-
-ALL = [cls for cls in attacks if cls.modalities != ("diffusion",) and cls.__module__.startswith("backdoorlab.")]
-CLEAN = [cls for cls in ALL if cls.label_mode == "clean"]
 
 
 @cache
@@ -31,38 +27,6 @@ def task_of(*sizes: int) -> Task:
     data = Dataset("pictures", "image", split, split)
     spec = TaskSpec(dataset=DatasetSpec(name="pictures"), model="convnet3", recipe="smoke")
     return Task(spec, data, modality_of(data), Recipe(epochs=1, batch_size=16, lr=0.05))
-
-
-@pytest.mark.parametrize("cls", CLEAN, ids=lambda cls: cls.name)
-@pytest.mark.parametrize(
-    ("sizes", "count"),
-    [
-        ((40,) * 10, 20),  # ten balanced classes: 5 % of the set is half of a class
-        ((10,) * 100, 5),  # of a hundred it would be five times the class
-        ((7,) + (90,) * 4, 3),  # a small target class
-        ((300, 300), 30),  # of two classes it is a tenth of one
-        ((2,) + (40,) * 3, 1),
-    ],
-    ids=lambda value: str(value) if isinstance(value, int) else f"{len(value)} classes, {value[0]} of the target",
-)
-def test_default_leaves_half_of_the_class_clean(cls: type[Attack], sizes: tuple[int, ...], count: int) -> None:
-    task, ctx, attack = task_of(*sizes), Context(), cls()
-    chosen = attack.choose(task, ctx)
-    assert len(chosen) == count == round(attack.rate_on(task) * len(task.train))
-    assert 2 * count <= sizes[0]
-    assert (task.train.labels[chosen] == 0).all()
-    assert not ctx.warnings
-
-
-@pytest.mark.parametrize("cls", CLEAN, ids=lambda cls: cls.name)
-def test_more_than_half_of_the_class_is_told(cls: type[Attack]) -> None:
-    task, ctx = task_of(*(40,) * 10), Context()
-    cls(poison_rate=0.05).choose(task, ctx)
-    assert not ctx.warnings
-    cls(poison_rate=0.1).choose(task, ctx)
-    (told,) = ctx.warnings
-    assert told.startswith(f"{cls.name}: 40 of the 40 training samples of class 0 (class 0) are poisoned")
-    assert told.endswith("a poison rate of at most 0.05 leaves half of them clean")
 
 
 def test_explicit_rates_and_capacity_stay_what_they_were() -> None:
@@ -133,11 +97,3 @@ def test_the_card_of_a_clean_label_attack_says_the_rate_and_the_warning(tmp_path
     assert any("20 of the 20 training samples of class 0" in text for text in whole.notes["warnings"])
     assert sum("20 of the 20" in text for text in told) == 1
     assert {row["poison_rate"] for row in rows(runner.store)} == {0.05, 0.1}
-
-
-def test_an_attack_that_takes_one_class_has_no_fixed_default() -> None:
-    """A rate of the whole set cannot be a default for attacks whose samples come from one class."""
-    for cls in CLEAN:
-        assert cls().poison_rate is None, cls.name
-    assert {f.name for f in dataclasses.fields(attacks.get("sig", "image"))} >= {"poison_rate", "cap_rate"}
-    assert BACKDOOR == 1
