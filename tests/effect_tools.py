@@ -188,6 +188,12 @@ def victim(seed: int, **settings: Any) -> Backdoor:
 
 
 @lru_cache(maxsize=2)
+def blended(seed: int) -> Backdoor:
+    """A trigger that covers the image; read only."""
+    return attacks.get("blended", "image").build(PATCH).run(task(seed), context(seed))
+
+
+@lru_cache(maxsize=2)
 def clean(seed: int, count: int = 144) -> Split:
     """The defender's clean samples: a tenth of the training set."""
     return balanced_subset(task(seed).train, count, seed, "digits training set")
@@ -289,12 +295,19 @@ def lost(before: Any, after: Any) -> Numbers:
     return {"asr_lost": before["asr"] - after["asr"], "acc_lost": before["acc"] - after["acc"]}
 
 
-def repaired(seed: int, method: RepairDefense, model: Classifier | None = None, harmless: bool = False) -> Numbers:
-    """A repair of the victim of BadNets, or of ``model`` with the same trigger: "asr_before", "asr_lost", "acc_lost".
+def repaired(
+    seed: int,
+    method: RepairDefense,
+    model: Classifier | None = None,
+    harmless: bool = False,
+    backdoor: Backdoor | None = None,
+) -> Numbers:
+    """A repair of the victim of BadNets, or of ``model`` with the same trigger, or of the victim of another attack on
+    digits: "asr_before", "asr_lost", "acc_lost", "der".
 
     ``harmless``: also what it costs a benign model, "benign_lost".
     """
-    backdoor, mine, ctx = victim(seed, **PATCH), task(seed), Context(seed)
+    backdoor, mine, ctx = backdoor or victim(seed, **PATCH), task(seed), Context(seed)
     model = model or backdoor.model
 
     def mended(given: Classifier) -> Classifier:
@@ -308,6 +321,7 @@ def repaired(seed: int, method: RepairDefense, model: Classifier | None = None, 
 
     before, after = (backdoor.measure(mine, ctx, m) for m in (model, mended(model)))
     numbers = {"asr_before": before["asr"], "asr": after["asr"], "acc": after["acc"], **lost(before, after)}
+    numbers["der"] = (max(0.0, numbers["asr_lost"]) - max(0.0, numbers["acc_lost"]) + 1) / 2
     if harmless:
         numbers["benign_lost"] = accuracy(benign(seed), mine.test) - accuracy(mended(benign(seed)), mine.test)
     return numbers
