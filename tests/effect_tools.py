@@ -327,12 +327,13 @@ def repaired(
     return numbers
 
 
-def detected(seed: int, method: InputDefense) -> Numbers:
-    """A detector of inputs on clean and on triggered test images: "auroc", "tpr", "fpr".
+def detected(seed: int, method: InputDefense, backdoor: Backdoor | None = None) -> Numbers:
+    """A detector of inputs on clean and on triggered test images of BadNets (or another victim on digits): "auroc",
+    "tpr", "fpr".
 
     "benign_gap": a benign model sees no difference between these, so that its AUROC should be near a half.
     """
-    backdoor, mine = victim(seed, **PATCH), task(seed)
+    backdoor, mine = backdoor or victim(seed, **PATCH), task(seed)
     triggered = backdoor.triggered_test(mine)[0]
 
     def scores(model: Classifier) -> tuple[float, float, float]:
