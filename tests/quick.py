@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "nad": {"teacher_epochs": 1},
     "mcr": {"curve_epochs": 1},
     "nc": {"tune_epochs": 2},
+    "rnp": {"unlearn_steps": 2, "recover_steps": 2},
 }
 """Name of a method -> settings beside the usual ones; only what the promises do not depend on."""
 
