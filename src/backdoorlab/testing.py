@@ -183,6 +183,11 @@ def check_attack(attack: ClassificationAttack, task: Task | None = None, *, seed
         other = attack.poison(backdoor.trigger, task, Context(seed + 1))
         assert not torch.equal(other.indices, backdoor.poison.indices), f"{attack.name}: the seed chooses nothing"
     restored = Backdoor.from_state(*backdoor.stored())
+    stamped = backdoor.triggered_test(task)[0]
+    assert _equal(restored.triggered_test(task)[0], stamped), f"{attack.name}: other triggered samples after storage"
+    assert torch.equal(predict(restored.model, stamped), predict(backdoor.model, stamped)), (
+        f"{attack.name}: the victim is another one after storage"
+    )
     measured = backdoor.measure(task, Context(seed))
     assert measured["asr"] is None or measured["asr"] + measured["ra"] <= 1, f"{attack.name}: ASR + RA exceed 1"
     assert restored.measure(task, Context(seed)) == measured, f"{attack.name}: measured otherwise after storage"

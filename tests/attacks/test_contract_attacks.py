@@ -32,11 +32,10 @@ every_image_attack = pytest.mark.parametrize("cls", IMAGE, ids=lambda cls: cls.n
 every_shape = pytest.mark.parametrize("shape", [GREY, RGB, ODD], ids=str)
 
 
-def clean_label(pair: object) -> bool:
-    return pair.values[0].label_mode == "clean"  # type: ignore[attr-defined]
-
-
-every_clean_label_attack = pytest.mark.parametrize(("cls", "modality"), filter(clean_label, pairs(attacks)))
+every_clean_label_attack = pytest.mark.parametrize(
+    ("cls", "modality"),
+    [pair for pair in pairs(attacks) if pair.values[0].label_mode == "clean"],  # type: ignore[attr-defined]
+)
 
 
 @pytest.fixture(autouse=True)

@@ -254,28 +254,21 @@ def composite(seed: int, **settings: Any) -> Numbers:
     return numbers | {"within": float(hit[other].float().mean()), "within_ab": float(hit[both].float().mean())}
 
 
-@case(
-    "attack/image/cba_half",
-    asr=least(0.75),
-    acc_lost=LOST,
-    benign_asr=most(0.4),
-    cross_lost=most(0.2),
-    within=most(0.1),
-    within_ab=most(0.2),
-)
+LIMITS = {
+    "acc_lost": LOST,
+    "benign_asr": most(0.4),
+    "cross_lost": most(0.2),
+    "within": most(0.1),
+    "within_ab": most(0.2),
+}
+
+
+@case("attack/image/cba_half", asr=least(0.75), **LIMITS)
 def effect_of_cba_half(seed: int) -> Numbers:
     return composite(seed, mixer="half", source_class=6, partner_class=7)
 
 
-@case(
-    "attack/image/cba_paste",
-    asr=least(0.7),
-    acc_lost=LOST,
-    benign_asr=most(0.4),
-    cross_lost=most(0.2),
-    within=most(0.1),
-    within_ab=most(0.2),
-)
+@case("attack/image/cba_paste", asr=least(0.7), **LIMITS)
 def effect_of_cba_paste(seed: int) -> Numbers:
     return composite(seed, mixer="paste", source_class=3, partner_class=4)
 

@@ -18,6 +18,7 @@ from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.data.split import BACKDOOR, text_array
 from backdoorlab.modalities.text import UNK
 from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.testing import tiny_task
 from backdoorlab.training import Context, predict
 from effect_tools import LOST, OBEYS, Numbers, case, effects, least, other
 
@@ -26,9 +27,7 @@ TEXTS = text_array(["One fine  day", "", "a b c d e f g h i j k l", "!!! ... ???
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    """Two epochs: what is tested here does not depend on how well the victim learns."""
-    changes = (("epochs", 2), ("min_steps", 0))
-    return Task.load(TaskSpec(dataset=DatasetSpec(name="templated_text"), recipe="smoke", recipe_changes=changes))
+    return tiny_task("text")
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +97,6 @@ def test_poison_record(task: Task, backdoor: Backdoor) -> None:
     same = np.array([a == b for a, b in zip(poisoned.inputs, task.train.inputs, strict=True)])
     assert np.array_equal(same, ~touched.numpy())
     assert np.array_equal(backdoor.trigger(task.train.inputs)[touched.numpy()], poisoned.inputs[touched.numpy()])
-
-
-def test_all_to_all_shifts_every_label(task: Task) -> None:
-    attack = TextBadNets(target_map="all-to-all")
-    poison = attack.poison(attack.make_trigger(task, Context()), task, Context())
-    assert torch.equal(poison.labels, 1 - task.train.labels[poison.indices])
-    assert bool(attack.target_map_for(task).eligible(task.test.labels).all())
 
 
 def test_stored_backdoor_is_rebuilt(task: Task, backdoor: Backdoor) -> None:

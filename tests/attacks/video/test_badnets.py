@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from backdoorlab.attacks import Backdoor, attacks
 from backdoorlab.attacks.video.badnets import VideoBadNets, VideoPatchTrigger
 from backdoorlab.core.errors import InputError
-from backdoorlab.data.sources import DatasetSpec
-from backdoorlab.data.split import BACKDOOR, Dataset, Split
+from backdoorlab.data.split import Dataset, Split
 from backdoorlab.modalities import modality_of
 from backdoorlab.tasks import Task, TaskSpec
+from backdoorlab.testing import tiny_task
 from backdoorlab.training import Context
-from backdoorlab.training.evaluate import predict
 from backdoorlab.training.recipes import recipe_for
 from effect_tools import LOST, OBEYS, Numbers, case, effects, least, most, other
 
 
 @pytest.fixture(scope="module")
-def task() -> Task:
-    """An epoch: what is tested here does not depend on how well the victim learns."""
-    changes = (("epochs", 1), ("min_steps", 0))
-    return Task.load(TaskSpec(dataset=DatasetSpec(name="moving_digits"), recipe="smoke", recipe_changes=changes))
-
-
-@pytest.fixture(scope="module")
-def backdoor(task: Task) -> Backdoor:
-    return VideoBadNets().run(task, Context())
+def backdoor() -> Backdoor:
+    return VideoBadNets().run(tiny_task("video"), Context())
 
 
 def black_task(height: int, width: int, channels: int = 3) -> Task:
@@ -70,6 +60,11 @@ def test_random_pattern_depends_on_the_seed_alone() -> None:
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 
+def test_it_is_found_by_its_name(backdoor: Backdoor) -> None:
+    assert attacks.get("badnets", "video") is VideoBadNets
+    assert isinstance(backdoor.trigger, VideoPatchTrigger)
+
+
 def test_errors_are_named(backdoor: Backdoor) -> None:
     with pytest.raises(InputError, match="does not fit"):
         VideoBadNets(size=15, offset=3).make_trigger(black_task(16, 20), Context())
@@ -77,26 +72,6 @@ def test_errors_are_named(backdoor: Backdoor) -> None:
         backdoor.trigger(torch.zeros(2, 8, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(InputError, match="uint8 clips of shape"):
         backdoor.trigger(torch.zeros(2, 8, 1, 16, 16))
-
-
-def test_all_to_all_counts_every_sample(task: Task) -> None:
-    attack = VideoBadNets(target_map="all-to-all", poison_rate=0.2)
-    poison = attack.poison(attack.make_trigger(task, Context()), task, Context())
-    assert torch.equal(poison.labels, (task.train.labels[poison.indices] + 1) % task.num_classes)
-    assert bool(attack.target_map_for(task).eligible(task.test.labels).all())
-
-
-def test_poison_record_and_rebuilding(task: Task, backdoor: Backdoor) -> None:
-    poisoned = backdoor.poison.apply(task.train)
-    touched = poisoned.roles == BACKDOOR
-    assert int(touched.sum()) == round(0.1 * len(task.train))
-    assert torch.equal((poisoned.inputs != task.train.inputs).flatten(1).any(1), touched)
-    tensors, record = backdoor.state()
-    again = Backdoor.from_state(tensors, json.loads(json.dumps(record)))
-    inputs, _, _ = backdoor.triggered_test(task)
-    assert torch.equal(again.triggered_test(task)[0], inputs)
-    assert torch.equal(predict(again.model, inputs), predict(backdoor.model, inputs))
-    assert isinstance(again.trigger, VideoPatchTrigger) and attacks.get("badnets", "video") is VideoBadNets
 
 
 @case("attack/video/badnets", core=True, asr=least(0.9), acc=least(0.75), acc_lost=LOST, benign_asr=OBEYS)
