@@ -18,6 +18,7 @@ UNITS = {
     "cover_rate": "size of the training set",
     "delta_test": "grey levels",
     "delta_train": "grey levels",
+    "eps": "grey levels",
     "offset": "pixels",
     "poison_rate": "size of the training set",
     "position": "corner|clip",

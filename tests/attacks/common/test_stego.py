@@ -10,7 +10,7 @@ import torch
 
 from attack_tools import Counting, Own, Told, textured, textured_task
 from backdoorlab.attacks import attacks
-from backdoorlab.attacks.common.stego import Ramp, fidelity, interfere, judge
+from backdoorlab.attacks.common.stego import Ramp, check_quality, fidelity, random_grids
 from backdoorlab.attacks.image.ssba import Decoder, Encoder
 from backdoorlab.core.errors import InputError
 from backdoorlab.core.seeding import isolated_rng
@@ -23,7 +23,7 @@ QUICK = {"steps": 2, "batch_size": 4, "width": 4}
 
 def test_interference_is_a_similarity_that_stays_near_the_picture() -> None:
     shape = (64, 1, 20, 40)
-    grid = interfere(torch.zeros(shape), torch.Generator().manual_seed(0))
+    grid = random_grids(torch.zeros(shape), torch.Generator().manual_seed(0))
     assert grid.shape == (64, 20, 40, 2)
     # In pixels, neighbours along a row and along a column are equally far apart and at right angles.
     pixels = grid * torch.tensor([20.0, 10.0])
@@ -87,11 +87,11 @@ def test_gates_name_what_is_missed() -> None:
     told = Told()
     ctx = Context(reporter=told)
     measured = {"psnr": 29.0, "bit_accuracy": 1.0, "mean_residual": float("nan")}
-    judged = judge(measured, {"psnr": 30.0, "bit_accuracy": 0.99}, {"mean_residual": 6.0}, "ssba", ctx)
-    assert judged["gates_missed"] == ["psnr 29 is below 30", "mean_residual nan is above 6"]
+    quality = check_quality(measured, {"psnr": 30.0, "bit_accuracy": 0.99}, {"mean_residual": 6.0}, "ssba", ctx)
+    assert quality["gates_missed"] == ["psnr 29 is below 30", "mean_residual nan is above 6"]
     assert len(told.notes) == 1
     assert "falls short (psnr 29 is below 30" in told.notes[0]
-    assert judge({"psnr": 31.0}, {"psnr": 30.0}, {}, "ssba", ctx)["gates_missed"] == []
+    assert check_quality({"psnr": 31.0}, {"psnr": 30.0}, {}, "ssba", ctx)["gates_missed"] == []
     assert len(told.notes) == 1
 
 

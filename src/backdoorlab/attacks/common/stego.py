@@ -30,11 +30,11 @@ from backdoorlab.training.steps import LossStep, run_steps
 
 SETTLE = 0.4
 """Share of all steps over which the learning rate falls to 0."""
-JUDGED = 1000
+MEASURED = 1000
 """Clean test pictures on which a pair is judged."""
 
 
-def interfere(batch: Tensor, generator: torch.Generator, degrees: float = 15.0) -> Tensor:
+def random_grids(batch: Tensor, generator: torch.Generator, degrees: float = 15.0) -> Tensor:
     """Sampling grids of a random rotation and, each for half of the pictures, a crop to 7/8 and a flip.
 
     Args:
@@ -62,14 +62,14 @@ def interfere(batch: Tensor, generator: torch.Generator, degrees: float = 15.0) 
     return F.affine_grid(matrix, list(batch.shape), align_corners=False)
 
 
-def hide(network: nn.Module, images: Tensor, secret: Callable[[Tensor], Tensor], reach: float) -> Tensor:
+def hide(network: nn.Module, images: Tensor, secret: Callable[[Tensor], Tensor], bound: float) -> Tensor:
     """Add a trained encoder's residual.
 
     Args:
         network: U.
         images: uint8 [N,C,H,W].
         secret: uint8 images -> what is hidden in them, float [N or 1,S,H,W] in [0, 1].
-        reach: r, in grey levels.
+        bound: r, in grey levels.
 
     Returns:
         uint8 [N,C,H,W]; each picture's is the same whatever the batch.
@@ -78,7 +78,7 @@ def hide(network: nn.Module, images: Tensor, secret: Callable[[Tensor], Tensor],
     parts = []
     for part in images.split(CHUNK):
         inputs = torch.cat([part.float() / 255, secret(part).expand(len(part), -1, -1, -1)], 1)
-        parts.append(to_uint8(part.float() + reach * generate(network, inputs)))
+        parts.append(to_uint8(part.float() + bound * generate(network, inputs)))
     return torch.cat(parts) if parts else images.clone()
 
 
@@ -195,7 +195,7 @@ def fidelity(clean: Tensor, stamped: Tensor) -> dict[str, float]:
     return {"psnr": 10 * math.log10(255**2 / max(error, 1e-9)), "mean_residual": float(change.abs().mean())}
 
 
-def judge(
+def check_quality(
     measured: dict[str, float], least: dict[str, float], most: dict[str, float], name: str, ctx: Context
 ) -> dict[str, Any]:
     """Compare a pair with its quality gates, and tell at once if it falls short.

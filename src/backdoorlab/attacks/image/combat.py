@@ -5,7 +5,7 @@ Huynh, Nguyen, Pham, Tran, "COMBAT: Alternated Training for Effective Clean-Labe
 With a generator g whose output lies in (-1, 1) and a low-pass L (of the cosine transform's H x W coefficients the first
 keep H x keep W stay),
 
-    T(x) = clip(x + eps L(g(x)))
+    T(x) = clip(x + eps / 255 L(g(x)))
 
 A surrogate f is trained on batches in which each sample of the target class t is T(x) with a probability of (share of
 that class that will be poisoned), all labels true; after each of its steps g takes one, over samples of all classes,
@@ -18,7 +18,7 @@ any model obeys. Then images of the target class are stamped by g, and the victi
 
 Choices: a = 0.02 on pixels in [-1, 1] and b = 0.8 are the published code's, as is that the noise is laid on images
 before they are augmented. That code counts eps on pixels in [-1, 1] too, where its 0.08 is 10 grey levels: set
-``eps=0.04`` for that. It blurs stamped images at random on top, which is left out: a trigger here is a fixed function
+``eps=10.2`` for that. It blurs stamped images at random on top, which is left out: a trigger here is a fixed function
 of the image. Where the low-pass overshoots, the whole noise is scaled down, so that band and bound hold both; it is
 rounded to grey levels toward the bound, never beyond. g is the encoder and decoder of the input-aware attack instead of
 a U-Net, trained by Adam instead of SGD. f has the task's own architecture, and is trained by the task's recipe
@@ -96,7 +96,7 @@ class CombatObjective:
         clean: h, frozen.
         target: t.
         share: probability that a sample of the target class is stamped.
-        eps: largest value of the noise, pixels being in [0, 1].
+        eps: largest value of the noise, in grey levels.
         l2_weight: a.
         clean_weight: b.
         generator: decides which samples are stamped.
@@ -121,7 +121,7 @@ class CombatObjective:
         if len(poisoned):
             with torch.no_grad(), evaluating(self.network):
                 noise = self.network(inputs[poisoned])
-                images[poisoned] = straight_through((inputs[poisoned] + self.eps * noise).clamp(0, 1))
+                images[poisoned] = straight_through((inputs[poisoned] + self.eps / 255 * noise).clamp(0, 1))
         return F.cross_entropy(model(self.augmented(images)), labels)
 
     def augmented(self, images: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class CombatObjective:
     def generator_loss(self, model: Classifier, batch: Batch) -> Tensor:
         """What g goes down, over samples of all classes."""
         inputs, labels = batch.inputs, batch.labels
-        stamped = straight_through((inputs + self.eps * self.network(inputs)).clamp(0, 1))
+        stamped = straight_through((inputs + self.eps / 255 * self.network(inputs)).clamp(0, 1))
         seen = self.augmented(stamped)
         fooled = F.cross_entropy(model(seen), torch.full_like(labels, self.target))
         honest = F.cross_entropy(self.clean(seen), labels)
@@ -144,7 +144,7 @@ class CombatTrigger(Trigger):
 
     Attributes:
         network: g with its low-pass.
-        eps: largest change of a pixel / grey range.
+        eps: largest change of a pixel, in grey levels.
         keep: share of the cosine frequencies per axis.
         shape: (C, H, W) for which it was made.
     """
@@ -162,8 +162,8 @@ class CombatTrigger(Trigger):
         """Stamp uint8 images [N,C,H,W] of the network's size."""
         images = expect_images(inputs, self.shape)
         noise = generate(self.network.to(images.device), images.float() / 255)
-        most = math.floor(255 * self.eps + 1e-6)
-        return to_uint8(images.float() + (255 * self.eps * noise).round().clamp(-most, most))
+        most = math.floor(self.eps + 1e-6)
+        return to_uint8(images.float() + (self.eps * noise).round().clamp(-most, most))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights and settings."""
@@ -194,7 +194,7 @@ class Combat(PoisoningAttack):
     asset_kinds: ClassVar[tuple[str, ...]] = ("combat-generator", "clean-surrogate")
 
     poison_rate: float | None = class_rate()
-    eps: float = param(0.08, "largest value of the noise / grey range", low=1 / 255, high=1, source="paper")
+    eps: float = param(20.4, "largest value of the noise, in grey levels", low=1, high=255, source="paper")
     keep: float = param(0.65, "cosine frequencies kept per axis / all", above=0, high=1, source="paper")
     l2_weight: float = param(0.02, "weight of the noise's size", low=0, source="published code")
     clean_weight: float = param(0.8, "weight of the clean classifier's loss", low=0, source="published code")

@@ -37,7 +37,17 @@ from torch import Tensor, nn
 from backdoorlab.attacks.base import attacks
 from backdoorlab.attacks.common.assets import SELECTION, asset
 from backdoorlab.attacks.common.generators import generate, pack, straight_through
-from backdoorlab.attacks.common.stego import JUDGED, Loss, Ramp, fidelity, hide, interfere, judge, load_pair, train_pair
+from backdoorlab.attacks.common.stego import (
+    MEASURED,
+    Loss,
+    Ramp,
+    check_quality,
+    fidelity,
+    hide,
+    load_pair,
+    random_grids,
+    train_pair,
+)
 from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.result import Backdoor
 from backdoorlab.attacks.triggers.base import Trigger
@@ -93,7 +103,7 @@ def draw_ink(edges: Tensor, color: Tensor) -> Tensor:
 
 
 def hiding_loss(
-    ink: Tensor | None, reach: float, threshold: float, image_weight: float, ramp: Ramp, generator: torch.Generator
+    ink: Tensor | None, bound: float, threshold: float, image_weight: float, ramp: Ramp, generator: torch.Generator
 ) -> Loss:
     """The loss of a batch: see the module's docstring; ``ink`` [C,1,1] in grey levels, None for random colors."""
 
@@ -101,8 +111,8 @@ def hiding_loss(
         drawn = torch.randint(*PALETTE, (*batch.shape[:2], 1, 1), generator=generator) if ink is None else ink
         color = drawn.to(batch) / 255
         drawing = draw_ink(find_edges(to_uint8(255 * batch), threshold), color)
-        hidden = (batch + reach / 255 * pair["encoder"](torch.cat([batch, drawing], 1))).clamp(0, 1)
-        grid = interfere(batch, generator)
+        hidden = (batch + bound / 255 * pair["encoder"](torch.cat([batch, drawing], 1))).clamp(0, 1)
+        grid = random_grids(batch, generator)
         seen, plain = (
             F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
             for x in (straight_through(hidden), batch)
@@ -155,7 +165,7 @@ class HiddenInkTrigger(Trigger):
         color: float32 [C,1,1], in grey levels.
         shape: (C, H, W) for which the pair was made.
         width: of the networks.
-        reach: r, in grey levels.
+        bound: r, in grey levels.
         threshold: of the edges.
         quality: what :meth:`measure` found on clean test images when the trigger was made.
     """
@@ -167,7 +177,7 @@ class HiddenInkTrigger(Trigger):
     color: Tensor
     shape: tuple[int, int, int]
     width: int
-    reach: float
+    bound: float
     threshold: float
     quality: dict[str, Any]
 
@@ -175,7 +185,7 @@ class HiddenInkTrigger(Trigger):
         self, inputs: Inputs, indices: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Inputs:
         """Stamp uint8 images [N,C,H,W] of the networks' size."""
-        return hide(self.encoder, expect_images(inputs, self.shape), self.draw, self.reach)
+        return hide(self.encoder, expect_images(inputs, self.shape), self.draw, self.bound)
 
     def draw(self, images: Tensor) -> Tensor:
         """The ink drawings that are hidden in uint8 images."""
@@ -194,7 +204,7 @@ class HiddenInkTrigger(Trigger):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights of both networks, color and settings."""
-        names = ("width", "reach", "threshold", "quality")
+        names = ("width", "bound", "threshold", "quality")
         config = {"shape": list(self.shape)} | {name: getattr(self, name) for name in names}
         return pack(encoder=self.encoder, decoder=self.decoder) | {"color": self.color.cpu().contiguous()}, config
 
@@ -273,7 +283,7 @@ class PoisonInk(PoisoningAttack):
     width: int = param(16, "channels of the hiding network's first stage (64 in the paper)", low=1, source="ours")
     lr: float = param(1e-3, "Adam's learning rate", above=0, source="ours")
     image_weight: float = param(300.0, "final weight of the picture's error (1 in the paper)", low=0, source="ours")
-    reach: float = param(24.0, "bound of the residual, in grey levels", above=0, high=255, source="ours")
+    bound: float = param(24.0, "bound of the residual, in grey levels", above=0, high=255, source="ours")
 
     def __post_init__(self) -> None:
         """Check the ink's color too."""
@@ -297,10 +307,10 @@ class PoisonInk(PoisoningAttack):
         shape, ink = (channels, height, width), color.flatten().tolist() if self.palette == "own" else None
         pair = self.trained_pair(ctx, images=task.train, ink=ink).network(lambda: build_pair(shape, self.width))
         trigger = HiddenInkTrigger(
-            pair["encoder"], pair["decoder"], color, shape, self.width, self.reach, self.threshold, {}
+            pair["encoder"], pair["decoder"], color, shape, self.width, self.bound, self.threshold, {}
         )
-        measured = trigger.measure(expect_images(task.test.inputs)[:JUDGED].to(ctx.device))
-        return dataclasses.replace(trigger, quality=judge(measured, LEAST, MOST, self.name, ctx))
+        measured = trigger.measure(expect_images(task.test.inputs)[:MEASURED].to(ctx.device))
+        return dataclasses.replace(trigger, quality=check_quality(measured, LEAST, MOST, self.name, ctx))
 
     @asset("poisonink-hider", unread=(*SELECTION, "target", "variant", "mode", "rgb", "palette", "opacity"))
     def trained_pair(self, ctx: Context, images: Split, ink: list[float] | None) -> Tensors:
@@ -309,7 +319,7 @@ class PoisonInk(PoisoningAttack):
         channels, height, width = inputs.shape[1:]
         color = None if ink is None else torch.tensor(ink)[:, None, None]
         draw = ctx.generator("colours")
-        loss = hiding_loss(color, self.reach, self.threshold, self.image_weight, Ramp(self.steps), draw)
+        loss = hiding_loss(color, self.bound, self.threshold, self.image_weight, Ramp(self.steps), draw)
         return train_pair(self, lambda: build_pair((channels, height, width), self.width), inputs, loss, ctx)
 
     def run(self, task: Task, ctx: Context) -> Backdoor:
@@ -329,5 +339,5 @@ class PoisonInk(PoisoningAttack):
         if isinstance(trigger, HiddenInkTrigger):
             return super().notes(trigger, poison, task) | trigger.quality
         assert isinstance(trigger, EdgeInkTrigger)
-        measured = trigger.measure(expect_images(task.test.inputs)[:JUDGED])
+        measured = trigger.measure(expect_images(task.test.inputs)[:MEASURED])
         return super().notes(trigger, poison, task) | measured

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from backdoorlab.attacks.base import attacks
 from backdoorlab.attacks.common.assets import SELECTION, asset
 from backdoorlab.attacks.common.generators import generate, pack, straight_through
-from backdoorlab.attacks.common.stego import JUDGED, Loss, Ramp, fidelity, hide, judge, load_pair, train_pair
+from backdoorlab.attacks.common.stego import MEASURED, Loss, Ramp, check_quality, fidelity, hide, load_pair, train_pair
 from backdoorlab.attacks.poisoning import PoisoningAttack
 from backdoorlab.attacks.triggers.base import Trigger
 from backdoorlab.core.method import param
@@ -100,12 +100,12 @@ def build_pair(shape: tuple[int, int, int], bits: int, width: int) -> nn.ModuleD
     return nn.ModuleDict({"encoder": Encoder(shape, bits, width), "decoder": Decoder(shape, bits, width)})
 
 
-def hiding_loss(bits: int, reach: float, image_weight: float, ramp: Ramp, generator: torch.Generator) -> Loss:
+def hiding_loss(bits: int, bound: float, image_weight: float, ramp: Ramp, generator: torch.Generator) -> Loss:
     """The loss of a batch: see the module's docstring."""
 
     def loss(pair: nn.ModuleDict, batch: Tensor, step: int) -> Tensor:
         messages = torch.randint(0, 2, (len(batch), bits), generator=generator).to(batch)
-        hidden = (batch + reach / 255 * pair["encoder"](batch, messages)).clamp(0, 1)
+        hidden = (batch + bound / 255 * pair["encoder"](batch, messages)).clamp(0, 1)
         logits = pair["decoder"](straight_through(hidden))
         correct = float(((logits > 0) == (messages > 0)).float().mean())
         weight = image_weight * ramp(step, correct > READABLE)
@@ -124,7 +124,7 @@ class SsbaTrigger(Trigger):
         secret: uint8 [L].
         shape: (C, H, W) for which the pair was made.
         width: of the networks.
-        reach: r, in grey levels.
+        bound: r, in grey levels.
         quality: what :meth:`measure` found on clean test images when the trigger was made.
     """
 
@@ -135,7 +135,7 @@ class SsbaTrigger(Trigger):
     secret: Tensor
     shape: tuple[int, int, int]
     width: int
-    reach: float
+    bound: float
     quality: dict[str, Any]
 
     def __call__(
@@ -146,7 +146,7 @@ class SsbaTrigger(Trigger):
         encoder = self.encoder.to(images.device)
         with torch.no_grad():
             picture = encoder.picture(self.secret[None].to(images.device, torch.float32))
-        return hide(encoder.draw, images, lambda part: picture, self.reach)
+        return hide(encoder.draw, images, lambda part: picture, self.bound)
 
     def read(self, inputs: Inputs) -> Tensor:
         """The message that the decoder reads in each image: uint8 [N,L]."""
@@ -161,7 +161,7 @@ class SsbaTrigger(Trigger):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights of both networks, secret and settings."""
-        config = {"shape": list(self.shape), "width": self.width, "reach": self.reach, "quality": self.quality}
+        config = {"shape": list(self.shape), "width": self.width, "bound": self.bound, "quality": self.quality}
         return pack(encoder=self.encoder, decoder=self.decoder) | {"secret": self.secret.cpu()}, config
 
     @classmethod
@@ -204,7 +204,7 @@ class Ssba(PoisoningAttack):
     width: int = param(16, "channels of the networks' first stage (32 in the paper)", low=1, source="ours")
     lr: float = param(1e-3, "Adam's learning rate", above=0, source="ours")
     image_weight: float = param(10.0, "final weight of the picture's error", low=0, source="BackdoorBench")
-    reach: float = param(64.0, "bound of the residual, in grey levels", above=0, high=255, source="ours")
+    bound: float = param(64.0, "bound of the residual, in grey levels", above=0, high=255, source="ours")
 
     def make_trigger(self, task: Task, ctx: Context) -> SsbaTrigger:
         """Train the pair, or take it from the cache; tell if it falls short."""
@@ -216,10 +216,10 @@ class Ssba(PoisoningAttack):
         pair = self.trained_pair(ctx, images=task.train, bits=bits).network(lambda: build_pair(shape, bits, self.width))
         secret = torch.randint(0, 2, (bits,), generator=make_generator(self.secret_seed, "ssba secret"))
         trigger = SsbaTrigger.of(
-            pair, secret.to(torch.uint8), shape=shape, width=self.width, reach=self.reach, quality={}
+            pair, secret.to(torch.uint8), shape=shape, width=self.width, bound=self.bound, quality={}
         )
-        measured = trigger.measure(expect_images(task.test.inputs)[:JUDGED].to(ctx.device))
-        quality = judge(measured, LEAST, MOST, self.name, ctx)
+        measured = trigger.measure(expect_images(task.test.inputs)[:MEASURED].to(ctx.device))
+        quality = check_quality(measured, LEAST, MOST, self.name, ctx)
         return dataclasses.replace(trigger, quality=quality)
 
     @asset("ssba-encoder", unread=(*SELECTION, "target", "secret_seed"))
@@ -227,7 +227,7 @@ class Ssba(PoisoningAttack):
         """Weights of encoder and decoder, for messages of that length."""
         inputs = expect_images(images.inputs)
         channels, height, width = inputs.shape[1:]
-        loss = hiding_loss(bits, self.reach, self.image_weight, Ramp(self.steps), ctx.generator("messages"))
+        loss = hiding_loss(bits, self.bound, self.image_weight, Ramp(self.steps), ctx.generator("messages"))
         return train_pair(self, lambda: build_pair((channels, height, width), bits, self.width), inputs, loss, ctx)
 
     def notes(self, trigger: Trigger, poison: Poison, task: Task) -> dict[str, Any]:

@@ -15,8 +15,8 @@ target-class training images, whose label stays true, and to any image at test t
 
 Choices: the paper's trigger is a patch in a corner of a video, and poisoned clips are perturbed adversarially as well;
 this is the image version of BackdoorBox, a perturbation of the whole picture by DeepFool, with its settings. There one
-image after the other adds its push; here the pushes of a few images, found together, are averaged (``batch=1`` is the
-published order). DeepFool needs one gradient per step, that of f_t - f_k. Passes end early when five in a row gain
+image after the other adds its push; here the pushes of a few images, found together, are averaged (``batch_size=1`` is
+the published order). DeepFool needs one gradient per step, that of f_t - f_k. Passes end early when five in a row gain
 nothing, and the best v of them is kept, in whole grey levels. f is a benign model of the task's own architecture and
 recipe, made once per task and shared by all runs, and so is v. No fewer than 100 images are used. Benign models obey an
 adversarial perturbation, too: compare with one.
@@ -91,7 +91,7 @@ def universal_perturbation(
     steps: int,
     fooling: float,
     passes: int,
-    batch: int,
+    batch_size: int,
     ctx: Context,
 ) -> tuple[Tensor, float]:
     """One perturbation that brings a share of all images into the target class.
@@ -105,7 +105,7 @@ def universal_perturbation(
         steps: most linearisations of DeepFool for an image.
         fooling: share of the images to be brought into the target class.
         passes: at most so many over the images; fewer if five in a row gain no further percent.
-        batch: images whose pushes are averaged.
+        batch_size: images whose pushes are averaged.
         ctx: seed, device, progress.
 
     Returns:
@@ -116,7 +116,7 @@ def universal_perturbation(
     noise = torch.zeros(images.shape[1:], device=ctx.device)
     best, reached, shares = noise, 0.0, []
     for _ in ctx.track(range(passes), "tuap: collecting the perturbation", passes):
-        for rows in torch.randperm(len(images), generator=generator).split(batch):
+        for rows in torch.randperm(len(images), generator=generator).split(batch_size):
             seen = (inputs[rows.to(ctx.device)] + noise).clamp(0, 1)
             push = targeted_deepfool(model, seen, target, overshoot, steps)
             moved = push.flatten(1).any(1)
@@ -155,7 +155,7 @@ class Tuap(PoisoningAttack):
     deepfool_steps: int = param(50, "most linearisations for an image", low=1, source="BackdoorBox")
     share: float = param(0.01, "of the training set used (at least 100)", above=0, high=1, source="BackdoorBox")
     passes: int = param(50, "most passes over these images", low=1, source="ours")
-    batch: int = param(8, "images whose pushes are averaged", low=1, source="ours")
+    batch_size: int = param(8, "images whose pushes are averaged", low=1, source="ours")
 
     def make_trigger(self, task: Task, ctx: Context) -> AdditiveTrigger:
         """Collect the perturbation; whole grey levels."""
@@ -189,7 +189,7 @@ class Tuap(PoisoningAttack):
                 steps=self.deepfool_steps,
                 fooling=self.fooling,
                 passes=self.passes,
-                batch=self.batch,
+                batch_size=self.batch_size,
                 ctx=ctx,
             )
         ctx.reporter.note(f"tuap: the perturbation brings {reached:.0%} of the images into the target class")
