@@ -88,7 +88,7 @@ def test_universal_perturbation_reaches_its_aim() -> None:
     task, context = bright_task(), SHARED
     model = clean_surrogate(task, context)
     images = expect_images(task.train.inputs)[task.train.labels != 0]
-    settings = {"overshoot": 0.02, "steps": 50, "fooling": 0.8, "passes": 20, "batch": 8, "ctx": context}
+    settings = {"overshoot": 0.02, "steps": 50, "fooling": 0.8, "passes": 20, "batch_size": 8, "ctx": context}
     with frozen(model):
         noise, reached = universal_perturbation(model, images, 0, eps=1.0, **settings)  # type: ignore[arg-type]
         faint, little = universal_perturbation(model, images, 0, eps=1 / 255, **settings)  # type: ignore[arg-type]
