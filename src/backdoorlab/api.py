@@ -22,6 +22,7 @@ from backdoorlab.data.sources import datasets
 from backdoorlab.data.split import clean_indices
 from backdoorlab.defenses.base import Defense, defenses
 from backdoorlab.metrics.tables import Comparison, Evaluation, compared
+from backdoorlab.modalities.base import Modality
 from backdoorlab.modalities.image import ImageModality
 from backdoorlab.models.classifier import Classifier, models
 from backdoorlab.tasks import Task
@@ -224,7 +225,7 @@ def wrap(
         InputError: if the network does not return logits for such input.
     """
     if like is not None:
-        modality: Any = like.modality
+        modality: Modality = like.modality
     else:
         height, width = (size, size) if isinstance(size, int) else size
         count = channels or (len(mean) if len(mean) > 1 else 3)

@@ -9,6 +9,7 @@ import torch
 from benchmark_cases import BADNETS, FT, TINY
 from torch import Tensor
 
+from backdoorlab.attacks.result import Backdoor
 from backdoorlab.benchmark import Card, Experiment, MethodSpec, Runner, RunResult, Store
 from backdoorlab.core.errors import InputError, NotApplicable
 from backdoorlab.data.split import BACKDOOR, clean_indices
@@ -25,6 +26,7 @@ from backdoorlab.defenses.base import (
     defenses,
 )
 from backdoorlab.metrics.classification import defense_effectiveness, robust_improvement
+from backdoorlab.metrics.result import Metrics
 from backdoorlab.training import Context
 
 FACTS = {"paper": "a test", "year": 2024, "modalities": ("image",)}
@@ -65,6 +67,10 @@ def _toys():
     def unfit(self, view, ctx):
         raise NotApplicable("needs a transformer")
 
+    def wary(self, view, ctx):
+        ctx.warn("few samples")
+        raise ZeroDivisionError("a bug")
+
     def choosy(self, view, ctx):
         raise InputError("give me something else")
 
@@ -100,7 +106,7 @@ def _toys():
         "toy_scan",
         run=lambda self, view, ctx: ScanReport(float("inf"), True, (0,), (9.0, float("nan")), {"mask": torch.ones(2)}),
     )
-    for label, repair in (("broken", broken), ("unfit", unfit), ("choosy", choosy), ("hooked", hooked)):
+    for label, repair in (("broken", broken), ("wary", wary), ("unfit", unfit), ("choosy", choosy), ("hooked", hooked)):
         toy(RepairDefense, f"toy_{label}", run=repair)
     yield
     defenses._entries.clear()
@@ -238,6 +244,18 @@ def test_failures_become_cards_and_bad_input_does_not(filled: Runner):
     with pytest.raises(InputError, match="Did you mean 'badnets'"):
         filled.run(Experiment(task=TINY, attack=MethodSpec("badnet")))
     assert len(filled.store.runs()) == before
+
+
+def test_reasons_for_missing_metrics_reach_the_card_of_a_defense(filled: Runner, monkeypatch: pytest.MonkeyPatch):
+    unmeasured = Metrics({"acc": None, "asr": 0.5, "ra": 0.1}, {"acc": "no clean samples"})
+    monkeypatch.setattr(Backdoor, "measure", lambda self, task, context, model=None: unmeasured)
+    card = run(filled, "toy_hooked", seed=11).card
+    assert {card.null_reasons[name] for name in ("acc", "der")} == {"no clean samples"}
+
+
+def test_warnings_of_a_run_that_failed_are_on_its_card(filled: Runner):
+    card = defend(filled, "toy_wary")
+    assert card.status == "failed" and card.notes["warnings"] == ["few samples"]
 
 
 def test_a_failed_attack_fails_its_defenses(filled: Runner, monkeypatch: pytest.MonkeyPatch):

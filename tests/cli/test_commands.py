@@ -19,6 +19,7 @@ from PIL import Image
 
 from backdoorlab.analysis.figures import magnified
 from backdoorlab.attacks import attacks
+from backdoorlab.core.method import Method
 from backdoorlab.data.digits import Digits
 from backdoorlab.data.sources import DatasetSpec
 from backdoorlab.metrics.visibility import ssim, visibility
@@ -127,6 +128,14 @@ def test_attack_and_defend_json(lab: Any) -> None:
     assert repair["metrics"]["der"] > 0.6
 
 
+def test_a_command_builds_each_method_once(cli: Callable[..., Any], lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    build = Method.build.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(Method, "build", classmethod(lambda cls, given: built.append(cls.name) or build(cls, given)))
+    assert cli("defend", "ft", "--run", lab.attack, "--set", "epochs=9", "--store", lab.store).code == 0
+    assert built == ["badnets", "ft"]
+
+
 def test_a_stored_result_is_reused(cli: Callable[..., Any], lab: Any) -> None:
     again = cli("attack", "badnets", *lab.fast, "--store", lab.store, "--json").json
     assert again["reused"]
@@ -226,10 +235,10 @@ def test_interrupt_and_bugs(cli: Callable[..., Any], monkeypatch: pytest.MonkeyP
     def broken(*_: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(runner.Runner, "attack", interrupted)
+    monkeypatch.setattr(runner.Runner, "run", interrupted)
     reply = cli("attack", "badnets", "--store", tmp_path)
     assert (reply.code, "run the same command again to resume" in reply.err) == (130, True)
-    monkeypatch.setattr(runner.Runner, "attack", broken)
+    monkeypatch.setattr(runner.Runner, "run", broken)
     reply = cli("attack", "badnets", "--store", tmp_path)
     assert reply.code == 1
     assert "division by zero" in reply.err

@@ -46,7 +46,7 @@ def test_signals(
             raise
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(runner.Runner, "attack", stage)
+    monkeypatch.setattr(runner.Runner, "run", stage)
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
     try:
         reply = cli("attack", "badnets", "--store", tmp_path)
@@ -139,7 +139,7 @@ def test_warnings_are_lines(cli: Callable[..., Any], monkeypatch: pytest.MonkeyP
         warnings.warn("two samples lie beside the class folders\x1b[31m", DataWarning, stacklevel=1)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner.Runner, "attack", stage)
+    monkeypatch.setattr(runner.Runner, "run", stage)
     reply = cli("attack", "badnets", "--store", tmp_path)
     assert reply.err.splitlines()[0] == "warning: two samples lie beside the class folders\\x1b[31m"
 

@@ -119,7 +119,7 @@ def test_any_other_refusal_of_the_system_is_one_line(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "x"))
 
-    monkeypatch.setattr(runner.Runner, "attack", full)
+    monkeypatch.setattr(runner.Runner, "run", full)
     reply = cli("attack", "badnets", "--store", tmp_path / "s")
     assert (reply.code, reply.err) == (2, f"error: {tmp_path / 'x'}: No space left on device\n")
 

@@ -68,7 +68,7 @@ def plan_only(monkeypatch: pytest.MonkeyPatch) -> None:
         raise typer.Exit(0)
 
     monkeypatch.setattr(benchmark, "run_grid", lambda *args, **kwargs: GridReport(), raising=False)
-    monkeypatch.setattr(Runner, "_stage", no_stage)
+    monkeypatch.setattr(Runner, "_execute", no_stage)
 
 
 def bench(lab: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from backdoorlab.attacks.base import attacks
+from backdoorlab.attacks.base import Attack, attacks
 from backdoorlab.benchmark.card import Card
 from backdoorlab.benchmark.engine import Engine, LocalEngine
 from backdoorlab.benchmark.runner import Runner
@@ -37,8 +37,10 @@ from backdoorlab.core.excerpt import brief, shown
 from backdoorlab.core.paths import printable, read_bytes
 from backdoorlab.core.records import YAML_BYTES, parse_yaml
 from backdoorlab.core.registry import Registry
-from backdoorlab.defenses.base import defenses
+from backdoorlab.defenses.base import Defense, defenses
 from backdoorlab.tasks import TaskSpec, kinds
+
+_AnyRegistry = Registry[Attack] | Registry[Defense]
 
 MOST_STAGES = 1_000_000
 """Stages that a grid may have: a second each is twelve days."""
@@ -210,7 +212,7 @@ def run_grid(
     return report
 
 
-def _as_method(entry: Any) -> Any:
+def _as_method(entry: object) -> object:
     return {"name": entry} if isinstance(entry, str) else entry
 
 
@@ -283,16 +285,16 @@ def _modalities(task: TaskSpec) -> tuple[str, ...]:
     return kinds.get(task.kind).check(task)
 
 
-def _named(registry: Registry[Any], method: MethodSpec) -> MethodSpec:
+def _named(registry: _AnyRegistry, method: MethodSpec) -> MethodSpec:
     """The method under its registered name; every later look-up in a grid is by that."""
     return dataclasses.replace(method, name=registry.canonical(method.name))
 
 
-def _serves(registry: Registry[Any], method: MethodSpec, modalities: tuple[str, ...]) -> bool:
+def _serves(registry: _AnyRegistry, method: MethodSpec, modalities: tuple[str, ...]) -> bool:
     return any(method.name in registry.names(modality) for modality in modalities)
 
 
-def _check_method(registry: Registry[Any], method: MethodSpec, modalities: set[str]) -> None:
+def _check_method(registry: _AnyRegistry, method: MethodSpec, modalities: set[str]) -> None:
     served = [m for m in sorted(modalities) if method.name in registry.names(m)]
     if not served:
         registry.get(method.name)  # an unknown name

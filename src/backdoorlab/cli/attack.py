@@ -73,7 +73,12 @@ def attack_command(
         typer.Option(help="Kind of task, classification or diffusion; by default that of the attack.", metavar="KIND"),
     ] = None,
     data_seed: Annotated[
-        int, typer.Option(min=0, help="Seed of subsets, splits and procedural data sets.", metavar="SEED")
+        int,
+        typer.Option(
+            help="Seed of subsets, splits and procedural data sets.",
+            metavar="SEED",
+            callback=opt.seed_check("--data-seed"),
+        ),
     ] = 0,
     seed: opt.SeedOption = 0,
     device: opt.DeviceOption = "auto",

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -23,6 +23,10 @@ from rich.style import Style
 from rich.text import Text
 
 from backdoorlab.core.foreign import csv_cell, json_safe, visible
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
 T = TypeVar("T")
 
@@ -141,7 +145,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._depth = 0
-        self._bar: Any = None
+        self._bar: Bars | None = None
         self._noted: set[str] = set()
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
@@ -152,7 +156,7 @@ class Progress:
             for item in items:
                 yield item
                 count += 1
-                if self._bar is not None:
+                if self._bar is not None and task is not None:
                     self._bar.advance(task)
         finally:
             self._close(task)
@@ -169,7 +173,7 @@ class Progress:
     def _print(self, line: Text) -> None:
         (self._bar.console if self._bar is not None else err).print(line, soft_wrap=True)
 
-    def _open(self, label: str, total: int | None) -> Any:
+    def _open(self, label: str, total: int | None) -> TaskID | None:
         self._depth += 1
         if not err.is_terminal:
             return None
@@ -189,9 +193,9 @@ class Progress:
             self._bar.start()
         return self._bar.add_task(visible(label), total=total)
 
-    def _close(self, task: Any) -> None:
+    def _close(self, task: TaskID | None) -> None:
         self._depth -= 1
-        if self._bar is not None:
+        if self._bar is not None and task is not None:
             self._bar.remove_task(task)
             if not self._depth:
                 self._bar.stop()

@@ -38,7 +38,11 @@ def defend_command(
     ] = False,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Seed of the run, which the defense shares; checked if given.", metavar="SEED"),
+        typer.Option(
+            help="Seed of the run, which the defense shares; checked if given.",
+            metavar="SEED",
+            callback=opt.seed_check("--seed"),
+        ),
     ] = None,
     device: opt.DeviceOption = "auto",
     store: opt.StoreOption = "",

@@ -16,6 +16,7 @@ from backdoorlab.core.errors import InputError
 from backdoorlab.core.paths import exists, is_folder, printable
 
 if TYPE_CHECKING:
+    from backdoorlab.attacks.triggers.base import Trigger
     from backdoorlab.benchmark import StoredRun
     from backdoorlab.data.files import SampleFile, SampleFormat
     from backdoorlab.data.split import Inputs
@@ -59,11 +60,10 @@ def stamp_command(
         raise InputError("stamp: expected --out DIR, the folder for the stamped files")
     place = opt.output_folder(folder, "--out")
     stored = _find(run, store)
-    from backdoorlab.attacks.result import Backdoor
     from backdoorlab.attacks.triggers.base import stamp_all
     from backdoorlab.data.files import find_samples, output_names, read_samples, write_samples
 
-    trigger, modality = _trigger(stored, Backdoor)
+    trigger, modality = _trigger(stored)
     with stored.rebuilding():
         form = sample_format(modality)
         blank = blank_samples(form)
@@ -167,7 +167,7 @@ def blank_samples(form: SampleFormat) -> Inputs:
     return text_array(["a"]) if form.modality == "text" else torch.zeros((1, *form.shape), dtype=form.dtype)
 
 
-def _class_names(names: Any, count: int) -> list[str] | None:
+def _class_names(names: object, count: int) -> list[str] | None:
     if names is None:
         return None
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
@@ -180,18 +180,20 @@ def _find(run: str | None, store: str) -> StoredRun:
     return opt.existing_store(store).find(name)
 
 
-def _trigger(stored: StoredRun, backdoor: Any) -> tuple[Any, Modality]:
+def _trigger(stored: StoredRun) -> tuple[Trigger, Modality]:
+    from backdoorlab.attacks.result import Backdoor
+
     card = stored.card()
     if stored.stage != "attack":
         parents = [p for p in card.parents if p.startswith("attack/")]
         hint = f"; it builds on {parents[0]}: pass --run {parents[0]}" if parents else "; give an attack's run"
         raise InputError(f"run {stored.id} has no trigger{hint}")
     record = stored.record()
-    if record.get("backdoor") != backdoor.kind:
+    if record.get("backdoor") != Backdoor.kind:
         raise InputError(f"run {stored.id} is an attack whose trigger cannot be applied to files")
     with stored.rebuilding():
-        planted = backdoor.from_state(stored.all_tensors(), record)
-    return planted.trigger, planted.model.modality
+        backdoor = Backdoor.from_state(stored.all_tensors(), record)
+    return backdoor.trigger, backdoor.model.modality
 
 
 def _labels(files: list[SampleFile]) -> list[str]:

@@ -21,6 +21,24 @@ if TYPE_CHECKING:
 _LONGEST = 255
 """Bytes of one name in a path that file systems take."""
 
+
+def seed_check(option: str) -> Callable[[int | None], int | None]:
+    """Callback of a seed's option.
+
+    Raises:
+        InputError: for an integer that is no seed.
+    """
+
+    def check(value: int | None) -> int | None:
+        from backdoorlab.core.settings import check_seed
+
+        if value is not None:
+            check_seed(option, value)
+        return value
+
+    return check
+
+
 StoreOption = Annotated[
     str,
     typer.Option(
@@ -28,7 +46,10 @@ StoreOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random in the run.", metavar="SEED")]
+SeedOption = Annotated[
+    int,
+    typer.Option("--seed", help="Seed of everything random in the run.", metavar="SEED", callback=seed_check("--seed")),
+]
 DeviceOption = Annotated[
     str, typer.Option("--device", help="Where models run: auto, cpu or cuda (cuda:1, ...).", metavar="DEVICE")
 ]

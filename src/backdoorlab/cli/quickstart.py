@@ -138,15 +138,8 @@ def _print_tour(cards: list[tuple[Card, str]], figure: Path, seconds: float, sto
 
     title = "backdoorlab quickstart: BadNets on handwritten digits\n"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for head, justify in (
-        ("model", "left"),
-        ("defense", "left"),
-        ("ACC", "right"),
-        ("ASR", "right"),
-        ("DER", "right"),
-        ("what happened", "left"),
-    ):
-        table.add_column(head, justify=justify, no_wrap=head != "what happened")  # type: ignore[arg-type]
+    for head in ("model", "defense", "ACC", "ASR", "DER", "what happened"):
+        table.add_column(head, justify="right" if head.isupper() else "left", no_wrap=head != "what happened")
     for card, words in cards:
         attacked, defense = name_of(card, "attack") is not None, name_of(card, "defense")
         cells = [number(card.metrics.get(m)) if card.status == "ok" else "" for m in ("acc", "asr", "der")]
@@ -191,11 +184,10 @@ def happened(card: Card) -> str:
 
 
 def _draw(runner: Runner, cards: list[Card], path: Path) -> None:
-    """Clean and triggered digits, and what the model says before and after the most effective defense."""
-    from torch import Tensor
-
+    """Clean and triggered digits, and how the model classifies them before and after the most effective defense."""
     from backdoorlab.analysis.figures import BAD, GOOD, Line, Row, draw_rows
     from backdoorlab.attacks.triggers.base import stamp_all
+    from backdoorlab.cli.show import pictures
     from backdoorlab.training.evaluate import predict
 
     attack = cards[1]
@@ -206,12 +198,11 @@ def _draw(runner: Runner, cards: list[Card], path: Path) -> None:
     rows_shown = [int((labels == k).nonzero()[0]) for k in range(task.num_classes) if k != TARGET][:SHOWN]
     chosen = task.test[labels.new_tensor(rows_shown)]
     stamped = stamp_all(backdoor.trigger, chosen.inputs)
-    assert isinstance(chosen.inputs, Tensor) and isinstance(stamped, Tensor)
     models = [("the attacked model says", backdoor.model)]
     if best is not None:
         models.append((f"defended by {best.spec['defense']['name']}", runner.load_model(best)))
     rows = []
-    for label, images in (("test digits", chosen.inputs), ("with the patch", stamped)):
+    for label, images in (("test digits", pictures(chosen.inputs)), ("with the patch", pictures(stamped))):
         lines = []
         for words, model in models:
             predicted = predict(model, images).argmax(1)

@@ -17,7 +17,10 @@ from backdoorlab.core.errors import InputError
 from backdoorlab.core.paths import exists
 
 if TYPE_CHECKING:
-    from backdoorlab.benchmark import Card, StoredRun
+    from torch import Tensor
+
+    from backdoorlab.benchmark import Card, Runner, StoredRun
+    from backdoorlab.data.split import Inputs
 
 FIGURES = (".png", ".pdf", ".svg")
 
@@ -89,10 +92,8 @@ def _figure_place(figure: str, force: bool) -> Path:
     return path
 
 
-def _draw(runner: Any, stored: StoredRun, figure: Path, samples: int) -> dict[str, Any]:
+def _draw(runner: Runner, stored: StoredRun, figure: Path, samples: int) -> dict[str, Any]:
     from dataclasses import asdict
-
-    from torch import Tensor
 
     from backdoorlab.analysis.figures import draw_trigger
     from backdoorlab.attacks.result import Backdoor
@@ -106,12 +107,25 @@ def _draw(runner: Any, stored: StoredRun, figure: Path, samples: int) -> dict[st
         modality = record["model"]["modality"]["name"] if kind == Backdoor.kind else kind
     if modality != "image":
         raise InputError(f"--figure draws image triggers; {stored.id} is an attack on {modality} data")
-    task, backdoor = runner.load_backdoor(stored)
+    task, backdoor = runner.load_classification(stored)
     chosen = backdoor.target_map.eligible(task.test.labels).nonzero().flatten()[:samples]
     clean = task.test[chosen].inputs
     triggered = stamp_all(backdoor.trigger, clean)
-    assert isinstance(clean, Tensor) and isinstance(triggered, Tensor)
-    return asdict(draw_trigger(figure, str(stored.card().spec["attack"]["name"]), clean, triggered))
+    name = str(stored.card().spec["attack"]["name"])
+    return asdict(draw_trigger(figure, name, pictures(clean), pictures(triggered)))
+
+
+def pictures(inputs: Inputs) -> Tensor:
+    """Raw samples that can be drawn.
+
+    Raises:
+        InputError: for texts.
+    """
+    from torch import Tensor
+
+    if not isinstance(inputs, Tensor):
+        raise InputError("a figure needs images, got texts")
+    return inputs
 
 
 def _parent_hint(stored: StoredRun) -> str:
