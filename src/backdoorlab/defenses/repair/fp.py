@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from backdoorlab.core.method import param
 from backdoorlab.defenses.base import RepairDefense, defenses
+from backdoorlab.defenses.common.finetuning import finetuning_recipe
 from backdoorlab.defenses.common.pruning import hold_out
 from backdoorlab.defenses.view import DefenderView
 from backdoorlab.models.anatomy import head
@@ -48,7 +49,6 @@ from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context
 from backdoorlab.training.evaluate import predict_features
 from backdoorlab.training.loop import fit
-from backdoorlab.training.recipes import Recipe
 
 
 def dormancy(features: Tensor) -> Tensor:
@@ -108,6 +108,7 @@ class FinePruning(RepairDefense):
     year: ClassVar[int] = 2018
     modalities: ClassVar[tuple[str, ...]] = ("image", "text", "audio", "video")
     aliases: ClassVar[tuple[str, ...]] = ("fine_pruning",)
+    may_read: ClassVar[tuple[str, ...]] = ("blueprint",)
 
     step: float = param(0.01, "share of the units pruned at a time", above=0, high=1, source="BackdoorBench")
     tolerance: float = param(
@@ -117,7 +118,12 @@ class FinePruning(RepairDefense):
         0.2, "share of the clean samples on which accuracy is watched", above=0, high=0.9, source="ours"
     )
     epochs: int = param(100, "of fine-tuning, 0 for none", low=0, source="BackdoorBench")
-    lr: float = param(0.01, "peak learning rate of SGD (AdamW: a tenth)", above=0, source="BackdoorBench")
+    lr: float | None = param(
+        None,
+        "peak learning rate of SGD (AdamW: a tenth); none = that of the model's training, 0.01 where it is not known",
+        above=0,
+        source="BackdoorBench: 0.01 for both",
+    )
     batch_size: int = param(256, "samples per step of fine-tuning", low=1, source="BackdoorBench")
     weight_decay: float = param(5e-4, "L2 penalty of fine-tuning", low=0, source="BackdoorBench")
 
@@ -136,12 +142,11 @@ class FinePruning(RepairDefense):
             last.weight[:, pruned.to(last.weight.device)] = 0
         ctx.reporter.note(f"fp: pruned {len(pruned)} of {len(order)} units")
         if self.epochs:
-            adam = repaired.modality.name != "image"
-            recipe = Recipe(
+            recipe = finetuning_recipe(
+                view,
                 epochs=self.epochs,
+                lr=self.lr,
                 batch_size=self.batch_size,
-                optimizer="adamw" if adam else "sgd",
-                lr=self.lr / 10 if adam else self.lr,
                 weight_decay=self.weight_decay,
             )
             with kept_at_zero(last, pruned):
