@@ -41,11 +41,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "fc": {"steps": 3},
     "htba": {"steps": 3},
     "tuap": {"passes": 2, "deepfool_steps": 50, "target": 1},
+    "asset": {"inner_steps": 3},
     "freeeagle": {"steps": 3},
     "mntd": {"shadows": 2, "folds": 2, "queries": 3, "meta_steps": 3, "shadow_epochs": 1},
     "nad": {"teacher_epochs": 1},
     "mcr": {"curve_epochs": 1},
     "nc": {"tune_epochs": 2},
+    "dbd": {"head_steps": 10},
+    "d_st": {"head_steps": 10},
     "rnp": {"unlearn_steps": 2, "recover_steps": 2},
 }
 """Name of a method -> settings beside the usual ones; only what the promises do not depend on."""

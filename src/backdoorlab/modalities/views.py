@@ -4,6 +4,8 @@ The augmentations of SimCLR (Chen, Kornblith, Norouzi, Hinton, "A Simple Framewo
 Representations", ICML 2020), batched on the device, every sample with draws of its own. Colours are changed where there
 are three channels; with one, brightness and contrast. Images are mirrored only where the modality says that a mirrored
 image keeps its class.
+
+Deviations: crops are resampled bilinearly; hues are turned about the grey axis of RGB, not in HSV.
 """
 
 from __future__ import annotations
@@ -48,10 +50,16 @@ def _draw(count: int, rows: int, like: Tensor, generator: torch.Generator) -> Te
 
 
 def resized_crop(images: Tensor, generator: torch.Generator, *, smallest: float, flip: bool) -> Tensor:
-    """A random part of each image [B,C,H,W] at the image's size: area from ``smallest`` to 1, sides 3:4 to 4:3."""
+    """A random part of each image [B,C,H,W] at the image's size.
+
+    Its area is ``smallest`` to 1 of the image's, its sides are in the image's proportion times 3:4 to 4:3, closer to it
+    where a side would otherwise leave the image.
+    """
     area, aspect, top, left, mirror = _draw(len(images), 5, images, generator)
-    area, ratio = smallest + (1 - smallest) * area, torch.exp((2 * aspect - 1) * math.log(4 / 3))
-    height, width = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
+    area = smallest + (1 - smallest) * area
+    most = area.log().neg().clamp(max=math.log(4 / 3))
+    ratio = torch.exp((2 * aspect - 1) * most)
+    height, width = (area / ratio).sqrt(), (area * ratio).sqrt()
     y, x = (2 * top - 1) * (1 - height), (2 * left - 1) * (1 - width)
     sign = torch.where(mirror < 0.5, -1.0, 1.0) if flip else torch.ones_like(mirror)
     zero = torch.zeros_like(x)
@@ -60,11 +68,18 @@ def resized_crop(images: Tensor, generator: torch.Generator, *, smallest: float,
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False).clamp(0, 1)
 
 
-def jitter(images: Tensor, generator: torch.Generator, strength: float = 0.4) -> Tensor:
-    """Brightness, contrast and saturation times 1 -+ strength in 80 % of the images, 20 % of coloured ones grey."""
+def jitter(images: Tensor, generator: torch.Generator, strength: float = 0.4, hue: float = 0.1) -> Tensor:
+    """Other colours in 80 % of the images [B,C,H,W] in [0, 1], and 20 % of the coloured ones grey.
+
+    Args:
+        images: of one or three channels.
+        generator: on their device.
+        strength: brightness, contrast and saturation are multiplied by 1 -+ it.
+        hue: largest change of hue / full turn.
+    """
     colored = images.shape[1] == 3
-    used, bright, contrast, saturation, grey = (
-        r[:, None, None, None] for r in _draw(len(images), 5, images, generator)
+    used, bright, contrast, saturation, turn, grey = (
+        r[:, None, None, None] for r in _draw(len(images), 6, images, generator)
     )
     scale = 1 + strength * (2 * torch.stack([bright, contrast, saturation]) - 1)
     changed = (images * scale[0]).clamp(0, 1)
@@ -72,12 +87,20 @@ def jitter(images: Tensor, generator: torch.Generator, strength: float = 0.4) ->
     changed = torch.lerp(mean.expand_as(changed), changed, scale[1]).clamp(0, 1)
     if colored:
         changed = torch.lerp(_luma(changed).expand_as(changed), changed, scale[2]).clamp(0, 1)
+        changed = turned_hue(changed, 2 * math.pi * hue * (2 * turn - 1)).clamp(0, 1)
     changed = torch.where(used < 0.8, changed, images)
     return torch.where(grey < 0.2, _luma(changed).expand_as(changed), changed) if colored else changed
 
 
+def turned_hue(images: Tensor, angle: Tensor) -> Tensor:
+    """RGB images [B,3,H,W] turned about the grey axis by angles [B,1,1,1] in radians; grey stays as it is."""
+    grey = images.mean(1, keepdim=True)
+    across = (images.roll(1, 1) - images.roll(2, 1)) / math.sqrt(3)  # cross product with the axis (1, 1, 1) / sqrt 3
+    return grey + (images - grey) * angle.cos() + across * angle.sin()
+
+
 def gaussian_blur(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the images are blurred; standard deviation 0.1 to 2 px at 224 px and in proportion to the side."""
+    """Half of the images are blurred, by 0.1 to 2 px at 224 px; less at smaller sides, down to half of that at 112."""
     used, width = _draw(len(images), 2, images, generator)
     side = min(images.shape[-2:])
     sigma = (0.1 + 1.9 * width) * max(side / 224, 0.5)
@@ -98,16 +121,26 @@ def gaussian_blur(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def turned_and_shifted(images: Tensor, generator: torch.Generator, degrees: float, shift: float) -> Tensor:
-    """Images [B,C,H,W] in [0, 1], each turned by up to ``degrees`` and moved by up to ``shift`` of its sides.
+    """Images [B,C,H,W] in [0, 1], each turned by up to ``degrees``, then moved by up to ``shift`` of its sides.
 
     What comes in from outside is black, as usual for this transform.
     """
     angle, y, x = 2 * _draw(len(images), 3, images, generator) - 1
-    angle, y, x = angle * math.radians(degrees), 2 * shift * y, 2 * shift * x
+    return moved(images, angle * math.radians(degrees), shift * y, shift * x)
+
+
+def moved(images: Tensor, angle: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Images [B,C,H,W] turned counterclockwise about their centres by angles [B] in radians, then moved.
+
+    ``down`` and ``right`` [B] are shares of the height and of the width. What comes in from outside is 0.
+    """
     height, width = images.shape[-2:]
     aspect = height / width
     cosine, sine = angle.cos(), angle.sin()
-    rows = [torch.stack([cosine, -sine * aspect, x], 1), torch.stack([sine / aspect, cosine, y], 1)]
+    # Where a pixel comes from: back by the shift, then back by the turn, in coordinates from -1 to 1.
+    across, along = torch.stack([cosine, -sine * aspect], 1), torch.stack([sine / aspect, cosine], 1)
+    back = -2 * torch.stack([right, down], 1)
+    rows = [torch.cat([row, (row * back).sum(1, keepdim=True)], 1) for row in (across, along)]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 

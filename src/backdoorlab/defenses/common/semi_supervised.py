@@ -17,18 +17,23 @@ Choice: labelled and unlabelled samples pass the network in one batch, so that b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backdoorlab.core.errors import InputError
+from backdoorlab.core.method import param
 from backdoorlab.data.split import Split
 from backdoorlab.models.classifier import Classifier
-from backdoorlab.training.batches import Batch, Drawn, Paired
+from backdoorlab.training.batches import Batch, Shuffled
 from backdoorlab.training.context import Context, autocast
 from backdoorlab.training.log import FitLog
+from backdoorlab.training.recipes import Recipe
 from backdoorlab.training.steps import run_steps
 from backdoorlab.training.watch import Watch
 
@@ -116,7 +121,7 @@ class MixMatchStep:
 
 
 class Resplit:
-    """Epochs of labelled and unlabelled batches side by side, split anew before each one."""
+    """Epochs of labelled and unlabelled batches side by side, drawn with replacement, split anew before each epoch."""
 
     def __init__(
         self,
@@ -128,21 +133,31 @@ class Resplit:
         generator: torch.Generator,
     ) -> None:
         """``steps`` batches of ``batch_size`` of either kind an epoch; ``choose`` says which labels are trusted."""
-        self.model, self.data, self.choose = model, data, choose
-        self.batch_size, self.steps, self.generator, self.epochs = batch_size, steps, generator, 0
+        self.model, self.choose, self.batch_size, self.steps = model, choose, batch_size, steps
+        self.generator, self.epochs = generator, 0
+        # Both sides share one table on the device.
+        self.labelled = Shuffled(data, model.modality, 1, generator, augment=True)
+        self.unlabelled = copy.copy(self.labelled)
+        self.unlabelled.views = 2
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[tuple[Batch, Batch]]:
         trusted = self.choose(self.model, self.epochs)
+        if bool(trusted.all()) or not bool(trusted.any()):
+            raise InputError(
+                f"learning from samples with and without labels needs both, got {int(trusted.sum())} and "
+                f"{int((~trusted).sum())}"
+            )
         self.epochs += 1
-        parts = (self.data[trusted.nonzero().flatten()], self.data[(~trusted).nonzero().flatten()])
-        sides = [
-            Drawn(part, self.model.modality, self.batch_size, self.generator, self.steps, augment=True, views=views)
-            for part, views in zip(parts, (1, 2), strict=True)
-        ]
-        yield from Paired(*sides)
+        rows = [part.nonzero().flatten().to(self.generator.device) for part in (trusted, ~trusted)]
+        for _ in range(self.steps):
+            yield self.labelled.at(self._draw(rows[0])), self.unlabelled.at(self._draw(rows[1]))
+
+    def _draw(self, rows: Tensor) -> Tensor:
+        device = self.generator.device
+        return rows[torch.randint(len(rows), (self.batch_size,), generator=self.generator, device=device)]
 
 
 def fit_semi_supervised(
@@ -181,7 +196,8 @@ def fit_semi_supervised(
         label: shown beside the progress bar.
 
     Raises:
-        BackdoorLabError: if the training collapses twice.
+        BackdoorLabError: if the training diverges twice.
+        InputError: if a split trusts all samples, or none.
     """
     model.to(ctx.device)
     generator = ctx.generator("mixmatch", device=ctx.device)
@@ -200,3 +216,44 @@ def fit_semi_supervised(
     log = run_steps(step, batches, epochs, watch=watch, context=ctx, label=label)
     model.eval()
     return log
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixMatch:
+    """The hyper-parameters of MixMatch, for methods that end with it; an epoch draws as many labelled samples as the
+    whole set has."""
+
+    semi: float = param(
+        1.0, "length of MixMatch / recipe", above=0, high=10, source="BackdoorBench: 100 of 100 epochs (paper: 190)"
+    )
+    semi_batch: int = param(64, "labelled samples per step, and unlabelled ones (in two views)", low=1, source="paper")
+    semi_lr: float = param(0.002, "learning rate of Adam in MixMatch", above=0, source="paper")
+    unlabelled: float = param(15.0, "weight of the unlabelled samples in the end", low=0, source="paper")
+    ramp: float = param(1.0, "share of MixMatch over which that weight grows", low=0, high=1, source="paper")
+    sharpening: float = param(0.5, "temperature by which guessed labels are sharpened", above=0, source="paper")
+    mixing: float = param(0.75, "parameter of the Beta distribution of mixtures", above=0, source="paper")
+
+    def semi_epochs(self, recipe: Recipe) -> int:
+        """Length of MixMatch under a resolved recipe."""
+        return max(1, round(self.semi * recipe.epochs))
+
+    def mixmatch(
+        self, model: Classifier, data: Split, choose: Choose, recipe: Recipe, ctx: Context, label: str
+    ) -> FitLog:
+        """Train a model in place; see :func:`fit_semi_supervised`."""
+        return fit_semi_supervised(
+            model,
+            data,
+            choose,
+            ctx,
+            epochs=self.semi_epochs(recipe),
+            steps=max(1, len(data) // self.semi_batch),
+            batch_size=min(self.semi_batch, len(data)),
+            lr=self.semi_lr,
+            weight=self.unlabelled,
+            ramp=self.ramp,
+            temperature=self.sharpening,
+            alpha=self.mixing,
+            precision=recipe.precision,
+            label=label,
+        )
