@@ -362,6 +362,7 @@ class InputDefense(Defense):
         clean: Split | None = None,
         *,
         suspicious: Split | None = None,
+        blueprint: Blueprint | None = None,
         seed: int = 0,
         device: str | torch.device = "auto",
         progress: bool | None = None,
@@ -372,6 +373,7 @@ class InputDefense(Defense):
             model: the suspicious model; left as it is.
             clean: samples known to be clean, on which the threshold is set.
             suspicious: the training set, for defenses that read it.
+            blueprint: how such a model is trained (``task.blueprint``), for defenses that read it.
             seed: all randomness derives from it.
             device: "auto", "cpu", "cuda", ...
             progress: show bars; None shows them on a terminal and in a notebook.
@@ -383,7 +385,9 @@ class InputDefense(Defense):
             InputError: if something that this defense reads is missing, or the data do not suffice.
             NotApplicable: if the method cannot work on such a model.
         """
-        view, ctx = self._prepared(seed, device, progress, model=model, clean=clean, suspicious=suspicious)
+        view, ctx = self._prepared(
+            seed, device, progress, model=model, clean=clean, suspicious=suspicious, blueprint=blueprint
+        )
         return self._apply(view, ctx)
 
     def _apply(self, view: DefenderView, ctx: Context) -> InputDetector:
