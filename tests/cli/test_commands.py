@@ -19,6 +19,7 @@ from PIL import Image
 
 from backdoorlab.analysis.figures import magnified
 from backdoorlab.attacks import attacks
+from backdoorlab.benchmark.published import Published
 from backdoorlab.core.method import Method
 from backdoorlab.data.digits import Digits
 from backdoorlab.data.sources import DatasetSpec
@@ -152,6 +153,20 @@ def test_the_same_command_gives_the_same_bits(cli: Callable[..., Any], lab: Any,
     )
     assert "model.safetensors" in first
     assert first == second
+
+
+def test_results_beside_published_numbers(cli: Callable[..., Any], lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "none of these runs has a counterpart" in cli("results", "--published", "--store", lab.store).out
+    refused = cli("results", "--published", "--metric", "asr", "--store", lab.store)
+    assert (refused.code, "--published has a row" in refused.err) == (2, True)
+    place = ("digits", "preact_resnet18", "badnets", 0.1, "none")
+    monkeypatch.setattr("backdoorlab.benchmark.published.published", lambda: {place: Published(0.9, 0.5, 0.25)})
+    (row,) = cli("results", "--published", "--json", "--store", lab.store).json
+    assert (row["attack"], row["defense"], row["published_asr"]) == ("badnets", "none", 0.5)
+    assert row["asr_difference"] == pytest.approx(row["asr"] - 0.5)
+    table = cli("results", "--published", "--store", lab.store).out
+    assert "p.asr" in table
+    assert "http://backdoorbench.com" in table
 
 
 def test_results(cli: Callable[..., Any], lab: Any) -> None:
