@@ -194,8 +194,8 @@ class NeuralAttentionDistillation(FineTunes):
                 with torch.no_grad():
                     teacher(inputs)
                 loss = F.cross_entropy(model(inputs), labels)
-                maps = [[held[tap.name] for tap in taps] for held in (mine, theirs)]
-                return loss + attention_distance(*maps, weights, self.p)
+                student_maps, teacher_maps = ([held[tap.name] for tap in taps] for held in (mine, theirs))
+                return loss + attention_distance(student_maps, teacher_maps, weights, self.p)
 
             fit(student, view.clean, recipe, objective=distil, context=ctx.child("student"), label="nad: distilling")
         return student
