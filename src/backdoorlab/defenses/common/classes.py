@@ -40,7 +40,8 @@ def need_classes(name: str, model: Classifier, data: Split) -> None:
 def gated(margins: Tensor, labels: Tensor, suspected: tuple[int, ...]) -> Tensor:
     """Margins of samples, positive beyond the method's threshold, with a say only in the suspected classes.
 
-    Elsewhere a margin ends at 0: the ranking below the threshold stays, and exactly what is above 0 is flagged.
+    The margins of the other classes keep their order and lie below all of those, and at most at 0: exactly what is
+    above 0 is flagged, and the ranking goes on below.
 
     Args:
         margins: float [N].
@@ -51,4 +52,7 @@ def gated(margins: Tensor, labels: Tensor, suspected: tuple[int, ...]) -> Tensor
         float32 [N].
     """
     inside = torch.isin(labels.cpu(), torch.tensor(suspected, dtype=torch.int64))
-    return torch.where(inside, margins, margins.clamp(max=0)).float()
+    if bool(inside.all()):
+        return margins.float()
+    ceiling = min(0.0, float(margins[inside].min())) if bool(inside.any()) else 0.0
+    return torch.where(inside, margins, margins - margins[~inside].max() + ceiling).float()

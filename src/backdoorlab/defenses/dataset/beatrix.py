@@ -16,8 +16,8 @@ deviate and the m that do not, times n m / (n + m), gives J_k, and
 
     (J_k - median) / (1.4826 MAD(J)) > e^2
 
-The score of a sample is its deviation over the threshold of its class, less 1; in classes that are not suspected it
-ends at 0. Flagged is what is above 0.
+The score of a sample is its deviation over the threshold of its class, less 1; classes that are not suspected follow
+below in an order of their own. Flagged is what is above 0.
 
 Choices and deviations
 - The power of F is part of the published method, though some code lacks it; without it all orders say the same.
@@ -62,7 +62,7 @@ class Beatrix(GramAnalysis, DatasetDefense):
     needs_clean_fraction: ClassVar[float] = 0.05
 
     def score(self, view: DefenderView, ctx: Context) -> Tensor:
-        """Deviation over the threshold of the class, less 1; at most 0 in classes without suspicion."""
+        """Deviation over the threshold of the class, less 1; classes without suspicion lie below."""
         found = self.analyse(view.model, view.suspicious, view.clean, ctx)
         return gated(found.ratios - 1, view.suspicious.labels, found.targets)
 

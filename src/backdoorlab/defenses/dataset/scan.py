@@ -11,8 +11,8 @@ J_k is the log-likelihood ratio per sample between two groups and one. With the 
     J*_k = (J_k - median) / (1.4826 MAD(J)),       class k is suspected if J*_k > e^2
 
 and the group with the smaller share of the clean samples is the poison. The score is the log-likelihood of that group
-minus the other's, l = (|r - c_0|^2 - |r - c_1|^2) / 2 in the metric of S_e, and positive in that group; in classes
-that are not suspected it ends at 0. Flagged is what is above 0.
+minus the other's, l = (|r - c_0|^2 - |r - c_1|^2) / 2 in the metric of S_e, and positive in that group; classes
+that are not suspected follow below in an order of their own. Flagged is what is above 0.
 
 Choices and deviations
 - Features are reduced to ``dims`` principal components of the suspicious set (not of the clean one, in which the
@@ -59,7 +59,7 @@ class Scan(SubgroupAnalysis, DatasetDefense):
     needs_clean_fraction: ClassVar[float] = 0.05
 
     def score(self, view: DefenderView, ctx: Context) -> Tensor:
-        """Log-likelihood of the suspicious group minus that of the other; at most 0 in classes without suspicion."""
+        """Log-likelihood of the suspicious group minus that of the other; classes without suspicion lie below."""
         found = self.analyse(view.model, view.suspicious, view.clean, ctx)
         return gated(found.margins, view.suspicious.labels, found.targets)
 

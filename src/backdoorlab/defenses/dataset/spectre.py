@@ -18,8 +18,8 @@ For every class with penultimate features h_1..h_n, of which at most m = ``eps``
    highest scores being removed.
 
 The class with the largest such value is the target; its 1.5 m highest scores are flagged. The score of a sample is s_i
-over the mean of its class, less the cut (so that exactly the flagged ones are positive) in the target class; in the
-others it ends at 0.
+over the mean of its class, less the cut (so that exactly the flagged ones are positive) in the target class; the
+others follow below.
 
 Choices and deviations
 - Only the target class is filtered, and at most half of it. ``classes="all"`` removes 1.5 m samples of every class, as
@@ -165,7 +165,7 @@ class Spectre(DatasetDefense):
     min_samples: int = param(20, "smaller classes are not judged", low=4, source="ours")
 
     def score(self, view: DefenderView, ctx: Context) -> Tensor:
-        """QUE score over its class's mean, less the cut; at most 0 in classes that are not filtered."""
+        """QUE score over its class's mean, less the cut; classes that are not filtered lie below."""
         data = view.suspicious
         need_samples(self.name, "suspicious", data)
         features = predict_features(view.model, data.inputs).double()
