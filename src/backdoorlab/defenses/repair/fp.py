@@ -6,7 +6,7 @@ backdoor uses may sleep while a model sees clean samples. With the penultimate f
     a_j = mean_i |h_j(x_i)|,
 
 units are pruned in ascending order of a_j, a hundredth of them at a time, until the accuracy on held-out clean samples
-has fallen by ``tolerance`` (relative); the last step that had not is kept. Then the whole model is fine-tuned on all
+has fallen by more than ``tolerance`` (relative); the step before that is kept. Then the whole model is fine-tuned on all
 clean samples, with the pruned units still silent.
 
 Penultimate units are what the last linear layer receives, and a unit is silenced by a zero column in that layer. Behind
@@ -81,8 +81,8 @@ def accuracy_by_step(features: Tensor, labels: Tensor, layer: nn.Linear, order: 
 
 
 def steps_before_the_drop(accuracy: Tensor, tolerance: float) -> int:
-    """How many steps come before the first one with a relative drop of ``tolerance`` or more (all, if none has it)."""
-    fallen = (accuracy[1:] < accuracy[0] * (1 - tolerance) + 1e-9).nonzero()
+    """How many steps come before the first one with a relative drop of more than ``tolerance`` (all, if none has)."""
+    fallen = (accuracy[1:] < accuracy[0] * (1 - tolerance) - 1e-9).nonzero()
     return int(fallen[0]) if len(fallen) else len(accuracy) - 1
 
 
@@ -112,7 +112,7 @@ class FinePruning(RepairDefense):
 
     step: float = param(0.01, "share of the units pruned at a time", above=0, high=1, source="BackdoorBench")
     tolerance: float = param(
-        0.1, "relative drop of held-out accuracy at which pruning stops", low=0, high=1, source="BackdoorBench"
+        0.1, "largest relative drop of held-out accuracy, at which pruning stops", low=0, high=1, source="BackdoorBench"
     )
     holdout: float = param(
         0.2, "share of the clean samples on which accuracy is watched", above=0, high=0.9, source="ours"
