@@ -53,6 +53,11 @@ _CELL, _GAP, _LEFT, _HEAD, _LINE, _MARGIN = 1.15, 0.1, 2.1, 1.0, 0.27, 0.25
 
 def draw_rows(path: Path, title: str, subtitle: str, rows: list[Row]) -> None:
     """Draw rows of images under a title; the file appears whole or not at all."""
+    write_atomically(path, drawn_rows(title, subtitle, rows, path.suffix.lower().lstrip(".") or "png"))
+
+
+def drawn_rows(title: str, subtitle: str, rows: list[Row], kind: str = "png") -> bytes:
+    """The same as the content of a file of that kind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -89,9 +94,8 @@ def draw_rows(path: Path, title: str, subtitle: str, rows: list[Row]) -> None:
             write(_MARGIN, top - _CELL - _LINE * (i + 0.6), line.label, fontsize=9.5, color=GREY)
         top -= tall
     buffer = io.BytesIO()
-    kind = path.suffix.lower().lstrip(".") or "png"
     figure.savefig(buffer, format=kind)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _image(axes: Any, image: Tensor) -> None:

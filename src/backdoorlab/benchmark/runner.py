@@ -296,7 +296,7 @@ class Runner:
             except InputError:
                 raise
             except Exception as error:
-                status, reason, measured = _failure(error)
+                status, reason, measured = failure(error)
             if work.warnings:
                 measured.notes["warnings"] = list(work.warnings)
             if measured.record:  # a checkpoint names its classes without the data set that they come from
@@ -318,7 +318,7 @@ class Runner:
             return RunResult(saved.card(), reused=False)
 
 
-def _failure(error: Exception) -> tuple[str, str, Measured]:
+def failure(error: Exception) -> tuple[str, str, Measured]:
     """Status, reason and an outcome without numbers for work that did not succeed."""
     status = "not_applicable" if isinstance(error, NotApplicable) else "failed"
     reason = " ".join(str(error).split()) or type(error).__name__

@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 import backdoorlab
-from backdoorlab.cli import attack, bench, defend, export, files, listing, quickstart, results, show
+from backdoorlab.cli import attack, bench, defend, export, files, listing, quickstart, results, show, study
 from backdoorlab.cli.console import abandon_output, complain, err, out, settle_output, tolerant_streams, warn
 from backdoorlab.cli.helppage import without_types
 from backdoorlab.core.errors import BackdoorLabError, DataWarning
@@ -89,7 +89,7 @@ def _options(
         os.environ["BACKDOORLAB_DEBUG"] = "1"
 
 
-for _module in (quickstart, listing, attack, defend, bench, results, show, export, files):
+for _module in (quickstart, listing, attack, defend, bench, study, results, show, export, files):
     _module.register(app)
 
 
