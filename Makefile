@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-effects test-slow test-all lint docs format clean
+.PHONY: help quickstart test test-effects test-slow test-all gpu lint docs format clean
 
 help:
 	@echo "make quickstart  plant, measure, detect and remove a backdoor on handwritten digits"
 	@echo "make test        contracts, oracles, errors and one effect per stage and modality (minutes)"
 	@echo "make test-effects the effect of every method; make test-slow faults and long runs; make test-all everything"
+	@echo "make gpu         ten more minutes of CIFAR-10 at full size on a GPU, results in results/ (GRID=..., MINUTES=...)"
 	@echo "make lint        ruff, mypy and the import contracts; make format rewrites"
 	@echo "make docs        the documentation as a site, in site/index.html"
 
@@ -42,6 +43,12 @@ test-slow: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --timeout=1800
+
+# The same command again goes on where it stopped; each call begins no stage that would end after so many minutes.
+MINUTES ?= 10
+GRID ?= configs/gpu-core.yaml
+gpu: $(VENV)/.installed-core
+	$(BIN)/backdoorlab bench $(GRID) --device cuda --store results --minutes $(MINUTES) $(GPU_OPTIONS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -63,10 +63,13 @@ class LocalEngine:
         devices: such as ("cuda:0", "cuda:1") or ("cpu", "cpu"); with fewer than two, everything runs in this process on
             the runner's device. CPU workers share the cores evenly; note that sums over other numbers of threads may
             differ in the last bit.
+        admit: asked before each stage begins; one that is not admitted is left out. Not with several devices.
     """
 
-    def __init__(self, devices: Sequence[str] = ()) -> None:
-        self.devices = tuple(devices)
+    def __init__(self, devices: Sequence[str] = (), admit: Callable[[Stage], bool] | None = None) -> None:
+        self.devices, self.admit = tuple(devices), admit
+        if admit is not None and len(self.devices) > 1:
+            raise InputError(f"stages can be left out on one device only, got {len(self.devices)}")
 
     def execute(
         self, stages: Sequence[Stage], runner: Runner, *, fresh: bool
@@ -77,6 +80,8 @@ class LocalEngine:
             return
         refused: set[int] = set()
         for stage in stages:
+            if self.admit is not None and not self.admit(stage):
+                continue
             result: Result = _BLOCKED if stage.parent in refused else _attempt(runner, stage.experiment, fresh)
             if isinstance(result, str):
                 refused.add(stage.index)

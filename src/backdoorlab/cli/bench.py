@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,11 +12,12 @@ from rich.text import Text
 from backdoorlab.cli import options as opt
 from backdoorlab.cli.console import err, number, out, print_json, shown, warn
 from backdoorlab.cli.helppage import HelpCommand
-from backdoorlab.core.errors import unknown
+from backdoorlab.core.errors import InputError, unknown
 from backdoorlab.core.foreign import visible
 
 if TYPE_CHECKING:
     from backdoorlab.benchmark import Card, GridReport, Stage
+    from backdoorlab.benchmark.planner import Forecast
 
 ENGINES = ("local",)
 
@@ -37,6 +40,16 @@ def bench_command(
             metavar="DEVICE",
         ),
     ] = "auto",
+    only_plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what is stored already, and hours and disk for the rest.")
+    ] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Begin no stage that is expected to end later than this; the same command goes on with the rest.",
+            metavar="NUMBER",
+        ),
+    ] = None,
     store: opt.StoreOption = "",
     root: opt.RootOption = None,
     download: opt.DownloadOption = False,
@@ -49,9 +62,14 @@ def bench_command(
     Interrupt it with Ctrl-C whenever you like: the same command goes on where it stopped. A failed cell does not stop
     the others; the exit code is 1 if there was one.
 
+    With --plan nothing runs but a few timed steps of each task. What is known of a method from runs in the store is
+    used; the rest is assumed from its kind.
+
     Try:
 
       backdoorlab bench configs/quick.yaml
+
+      backdoorlab bench configs/cifar10-cpu.yaml --plan
 
       backdoorlab bench grid.yaml --store results --json
 
@@ -68,6 +86,17 @@ def bench_command(
     devices = [str(opt.device_of(name.strip())) for name in device.split(",")]
     runner = make_runner(store, devices[0], root, download)
     stages = plan(grid)
+    budget = None
+    if only_plan or minutes is not None:
+        if minutes is not None and not minutes > 0:
+            raise InputError(f"--minutes must be more than 0, got {minutes:g}")
+        from backdoorlab.benchmark.planner import Budget, forecast
+
+        costs = forecast(stages, runner)
+        if only_plan:
+            _print_plan(grid.name, costs, runner.store.root, as_json)
+            return
+        budget = Budget(costs, 60 * (minutes or 0))
     done = 0
 
     def on_card(stage: Stage, card: Card, reused: bool) -> None:
@@ -81,14 +110,47 @@ def bench_command(
         for warning in warnings_of(card) if reused else ():  # those of a new run were printed while it ran
             warn(f"{stage.label}: {warning}")
 
-    report = run_grid(grid, runner, resume=resume, on_card=on_card, engine=LocalEngine(devices))
+    report = run_grid(grid, runner, resume=resume, on_card=on_card, engine=LocalEngine(devices, budget))
     summary = _summary(grid.name, len(stages), report)
+    if budget is not None:
+        summary["postponed"] = len(budget.postponed)
     if as_json:
         print_json(summary)
     else:
         _print_summary(summary)
     if summary["failed"] or summary["refused"]:
         raise typer.Exit(1)
+
+
+def _print_plan(name: str, costs: Forecast, folder: Path, as_json: bool) -> None:
+    free = shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())).free
+    counts = {basis: costs.count(basis) for basis in ("stored", "same setting", "other data", "assumed")}
+    refused = [(cost.stage.label, cost.basis) for cost in costs.costs if cost.seconds is None]
+    plan = {
+        "name": name,
+        "stages": len(costs.costs),
+        "estimates": counts,
+        "hours": costs.seconds / 3600,
+        "gigabytes": costs.megabytes / 1024,
+        "free_gigabytes": free / 2**30,
+        "refused": [{"stage": stage, "reason": reason} for stage, reason in refused],
+        "costs": [
+            {"stage": c.stage.label, "seconds": c.seconds, "megabytes": c.megabytes, "basis": c.basis}
+            for c in costs.costs
+        ],
+    }
+    if as_json:
+        print_json(plan)
+        return
+    out.print(shown(f"{name}: {len(costs.costs)} stages, {counts['stored']} stored"), soft_wrap=True)
+    for basis in ("same setting", "other data", "assumed"):
+        if counts[basis]:
+            hours = sum(c.seconds or 0 for c in costs.costs if c.basis == basis) / 3600
+            out.print(shown(f"  {counts[basis]:5d} to run, {hours:8.2f} h ({basis})"), soft_wrap=True)
+    needs = f"{costs.seconds / 3600:.2f} h and {costs.megabytes / 1024:.2f} GB; {free / 2**30:.0f} GB are free"
+    out.print(shown(f"in all {needs}"), soft_wrap=True)
+    for stage, reason in refused:
+        out.print(Text.assemble(("cannot be run ", "bold red"), shown(f"{stage}: {reason}")), soft_wrap=True)
 
 
 def _brief(card: Card) -> str:
@@ -120,4 +182,6 @@ def _print_summary(summary: dict[str, Any]) -> None:
         if run["status"] == "failed":
             reason = shown(f"{run['stage']}/{run['key'][:8]}: {run['reason']}")
             out.print(Text.assemble(("failed ", "bold red"), reason), soft_wrap=True)
+    if summary.get("postponed"):
+        out.print(f"{summary['postponed']} stages are left for the next time: run the same command again")
     out.print("next: backdoorlab results", style="dim")
