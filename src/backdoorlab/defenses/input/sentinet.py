@@ -3,7 +3,7 @@
 Chou, Tramer, Pellegrino, "SentiNet: Detecting Localized Universal Attacks Against Deep Learning Systems", IEEE Security
 and Privacy Workshops 2020 (arXiv 1812.00292).
 
-1. Grad-CAM of the predicted class y at the last map of convolutional features; the region R is where the heat is at
+1. Grad-CAM of the predicted class y at a late map of convolutional features; the region R is where the heat is at
    least ``heat`` of its maximum. Salient regions of other likely classes are taken away from it, which leaves what
    speaks for y alone (``proposals`` further candidates; an empty remainder is replaced by R).
 2. R is pasted onto N clean images: ``fooled`` is the share that is then classified as y.
@@ -19,6 +19,8 @@ upon, the other gives envelope and threshold. With several candidate regions the
 Choices and deviations
 - The other likely classes are the next best of the network on the whole image; the paper classifies the segments of a
   selective search.
+- The map is the last one with ``resolution`` entries in height and width; 1 takes the very last, as the paper does.
+- The parabola is not continued beyond the confidences of the clean points; there its end value holds.
 - Clean images that are classified as y anyway fool nobody and are not counted.
 - The distance from the parabola is the vertical one, instead of the nearest point found by a constrained optimiser.
 - ``rule="confidence"`` scores by the confidence alone, as BackdoorBench does (its fixed limit is 0.9);
@@ -49,7 +51,7 @@ from backdoorlab.data.split import Inputs
 from backdoorlab.defenses.base import InputDefense, InputDetector, defenses
 from backdoorlab.defenses.common.calibration import clean_quantile, halves
 from backdoorlab.defenses.view import DefenderView
-from backdoorlab.models.anatomy import frozen, spatial_layers
+from backdoorlab.models.anatomy import frozen, spatial_layers, trace
 from backdoorlab.models.classifier import Classifier
 from backdoorlab.training.context import Context, autocast
 
@@ -152,6 +154,17 @@ class Paste:
         return fooled, filled.softmax(3).amax(3).mean(2)
 
 
+def map_name(layers: list[tuple[str, tuple[int, ...]]], least: int) -> str:
+    """The last map with at least ``least`` entries in height and width; without one the last of the finest.
+
+    Args:
+        layers: name and extent (height, width) of each map, in execution order.
+        least: entries.
+    """
+    fine = min(least, max(min(extent) for _, extent in layers))
+    return [name for name, extent in layers if min(extent) >= fine][-1]
+
+
 def envelope(confidence: Tensor, fooled: Tensor, width: float = 0.02) -> tuple[float, ...]:
     """Coefficients of a parabola (highest power first) through the largest ``fooled`` per interval of confidence.
 
@@ -186,6 +199,7 @@ class SentiNetDetector(InputDetector):
     candidates: int
     rule: str
     curve: tuple[float, ...] = ()
+    seen: tuple[float, float] = (0.0, 1.0)
     threshold: float = math.inf
 
     def points(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -212,9 +226,9 @@ class SentiNetDetector(InputDetector):
             return confidence.amax(1)
         if self.rule == "fooled":
             return fooled.amax(1)
-        bound = torch.zeros_like(confidence)
+        bound, inside = torch.zeros_like(confidence), confidence.clamp(*self.seen)
         for coefficient in self.curve:
-            bound = bound * confidence + coefficient
+            bound = bound * inside + coefficient
         return (fooled - bound).amax(1)
 
 
@@ -234,6 +248,12 @@ class SentiNet(InputDefense):
     )
     heat: float = param(
         0.85, "share of the largest heat that belongs to the region", above=0, high=1, source="BackdoorBench"
+    )
+    resolution: int = param(
+        8,
+        "entries that the feature map of Grad-CAM must have in height and width, where there is one",
+        low=1,
+        source="ours",
     )
     proposals: int = param(2, "other likely classes whose regions are taken away", low=0, source="paper")
     rule: str = param(
@@ -255,15 +275,20 @@ class SentiNet(InputDefense):
             raise NotApplicable(f"sentinet pastes regions of pictures and videos, not of {model.modality.name}")
         canvas, held_out = halves(view.clean, self.name, ctx)
         x = model.modality.prepare(model.modality.encode(canvas.inputs[: self.overlays]).to(model.device))
-        layers = [name for name, module in spatial_layers(model, x[:2])]
+        shapes = {c.name: tuple(c.output.shape[-2:]) for c in trace(model, x[:2]) if c.output is not None}
+        layers = [(name, shapes[name]) for name, _ in spatial_layers(model, x[:2])]
         if not layers:
             raise NotApplicable(f"sentinet: {model.arch} has no convolutional feature maps for Grad-CAM")
         noise = torch.rand(x.shape[1:], generator=ctx.generator(self.name, "noise")).to(x.device)
         with frozen(model), torch.no_grad():
             paste = Paste(model, x, model(x).argmax(1), noise)
         count = min(1 + self.proposals, model.num_classes)
-        detector = SentiNetDetector(paste, layers[-1], self.heat, count, self.rule)
+        detector = SentiNetDetector(paste, map_name(layers, self.resolution), self.heat, count, self.rule)
         if self.rule == "boundary":
             confidence, fooled = detector.points(held_out.inputs)
-            detector = dataclasses.replace(detector, curve=envelope(confidence.flatten(), fooled.flatten()))
+            detector = dataclasses.replace(
+                detector,
+                curve=envelope(confidence.flatten(), fooled.flatten()),
+                seen=(float(confidence.min()), float(confidence.max())),
+            )
         return dataclasses.replace(detector, threshold=clean_quantile(detector.score(held_out.inputs), self.frr))

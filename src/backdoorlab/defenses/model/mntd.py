@@ -6,13 +6,13 @@ Xu, Wang, Li, Borisov, Gunter, Li, "Detecting AI Trojans Using Meta Neural Analy
    backdoors drawn at random ("jumbo learning"): a patch of 1/16 to 5/32 of the side anywhere, or a pattern over the
    whole picture; opacity 0.2 to 1 for patches, 0.05 to 0.2 for whole patterns; any target; 5 to 50 % poison. Sounds: a
    stretch of 5 to 20 % of the clip or the whole clip. Texts: one or two words at one place.
-2. ``queries`` inputs are fed to each shadow model; a small network (one hidden layer) reads all logits and says whether
-   the model has a backdoor. Queries and network are trained together on binary cross-entropy ("query tuning").
+2. ``queries`` inputs are fed to each shadow model; a small network (one hidden layer) reads the answers and says
+   whether the model has a backdoor. Queries and network are trained together on binary cross-entropy ("query tuning").
 3. A model is inspected by feeding it the queries.
 
 Verdict. The shadows are divided into ``folds``, and a meta-classifier is trained without each; their mean is the score
 of a model, in logits. What each says of the benign shadows that it has not seen gives the threshold: the ``1 - frr``
-quantile. The paper takes the median score of its zoo, half of which has backdoors. MNTD names no target class.
+quantile. The paper takes the median score of its zoo, half of which has backdoors.
 
 The cost is 2 * ``shadows`` trainings by the task's recipe on the clean samples (``shadow_epochs`` limits their length)
 and ``folds`` short trainings of a meta-classifier. They depend on the clean samples, the blueprint and the settings,
@@ -21,8 +21,13 @@ is inspected within a second.
 
 Choices and deviations
 - The paper trains 2,048 shadows of each kind. With few, the verdict is noisy; the defaults suit a first look.
-- Logits are standardised by mean and deviation over the shadows before the hidden layer reads them.
-- The best of a query lies in the range of the data only for bounded starts; as in the paper queries are not clipped.
+- ``head="joint"`` is the paper's: one network reads the logits of all queries and classes, and learns each target class
+  anew. A random target makes all classes alike, so ``head="classes"`` (default) lets one network read the log
+  probabilities of a class under all queries, for each class in turn, and joins them by a log-sum-exp. From few shadows
+  the joint head learns nothing but these shadows. The class that speaks loudest is the suspected target; the joint head
+  names none.
+- Answers are centred by their mean over the shadows and divided by one standard deviation.
+- As in the paper queries are not kept in the range of the data.
 - Texts: a query is a sequence of mixtures (softmax) of ``QUERY_WORDS`` frequent words, since shadows do not share one
   space of embeddings; the paper's share fixed word vectors.
 """
@@ -183,9 +188,9 @@ class Meta:
 
     Attributes:
         queries: float [Q, ...], see :class:`Queries`.
-        mean: float [Q * K] of the logits over the shadows.
-        std: likewise.
-        hidden: weight [H, Q * K] and bias [H].
+        mean: float [Q, K] of the answers over the shadows.
+        std: float [] of the answers.
+        hidden: weight [H, Q] (head "classes") or [H, Q * K] (head "joint"), and bias [H].
         out: weight [H] and bias [].
     """
 
@@ -195,15 +200,24 @@ class Meta:
     hidden: tuple[Tensor, Tensor]
     out: tuple[Tensor, Tensor]
 
-    def read(self, logits: Tensor) -> Tensor:
-        """Score in logits of answers [..., Q * K]: [...]."""
-        inner = F.linear((logits - self.mean) / self.std, *self.hidden).relu()
-        return inner @ self.out[0] + self.out[1]
+    @property
+    def joint(self) -> bool:
+        """Does one network read all classes at once?"""
+        return self.hidden[0].shape[1] == self.mean.numel() and self.mean.shape[1] > 1
 
-    def score(self, model: Classifier) -> float:
-        """Of one model; higher = more likely a backdoor."""
+    def read(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of answers [..., Q, K] in logits: [...], and what speaks for each class: [..., K] (joint: zeros)."""
+        answers = logits if self.joint else logits.log_softmax(-1)
+        answers = (answers - self.mean) / self.std
+        answers = answers.flatten(-2) if self.joint else answers.transpose(-1, -2)
+        said = F.linear(answers, *self.hidden).relu() @ self.out[0] + self.out[1]
+        return (said, torch.zeros_like(logits[..., 0, :])) if self.joint else (said.logsumexp(-1), said)
+
+    def score(self, model: Classifier) -> tuple[float, Tensor]:
+        """Of one model, higher = more likely a backdoor; and what speaks for each class, float32 [K]."""
         with frozen(model), torch.no_grad():
-            return float(self.read(Queries(self.queries).logits(model).flatten().cpu()))
+            score, classes = self.read(Queries(self.queries).logits(model).cpu())
+        return float(score), classes
 
 
 def train_meta(
@@ -211,48 +225,52 @@ def train_meta(
     labels: Tensor,
     start: Tensor,
     *,
+    joint: bool,
     hidden: int,
     steps: int,
     lr: float,
+    weight_decay: float,
     batch: int,
     generator: torch.Generator,
 ) -> Meta:
     """Fit queries and network to shadows.
 
     Args:
-        models: each takes queries [Q, ...] to flat logits [Q * K] on the CPU, differentiably.
+        models: each takes queries [Q, ...] to logits [Q, K] on the CPU, differentiably.
         labels: float [S], 1 for shadows with a backdoor.
         start: of the queries.
+        joint: which head.
         hidden: units.
         steps: of Adam, each on ``batch`` shadows drawn anew.
         lr: learning rate.
+        weight_decay: of the network.
         batch: shadows per step, half of each kind if there are enough.
         generator: of initial weights and batches, on the CPU.
     """
     queries = start.clone().requires_grad_()
     with torch.no_grad():
         answers = torch.stack([ask(queries) for ask in models])
-    width = answers.shape[1]
-    bound = 1 / math.sqrt(width)
+        answers = answers if joint else answers.log_softmax(-1)
+    width = answers[0].numel() if joint else len(start)
     weights = [
-        (torch.rand(hidden, width, generator=generator) * 2 - 1) * bound,
+        (torch.rand(hidden, width, generator=generator) * 2 - 1) / math.sqrt(width),
         torch.zeros(hidden),
         (torch.rand(hidden, generator=generator) * 2 - 1) / math.sqrt(hidden),
         torch.zeros(()),
     ]
     for weight in weights:
         weight.requires_grad_()
-    optimizer = torch.optim.Adam([queries, *weights], lr)
-    # One scale for all answers: near-zero queries draw answers that hardly differ, and dividing by that would explode.
-    mean, std = answers.mean(0), answers.std().clamp_min(1e-3).expand(width).clone()
+    parts: list[dict[str, Any]] = [{"params": [queries]}, {"params": weights, "weight_decay": weight_decay}]
+    optimizer = torch.optim.Adam(parts, lr)
+    # One scale for all answers: queries near zero draw answers that hardly differ, and dividing by that would explode.
+    mean, std = answers.mean(0), answers.std().clamp_min(1e-3)
     meta = Meta(queries, mean, std, (weights[0], weights[1]), (weights[2], weights[3]))
     kinds = [(labels == kind).nonzero().flatten() for kind in (0, 1)]
     for _ in range(steps):
-        rows = torch.cat(
-            [k[torch.randperm(len(k), generator=generator)[: max(1, batch // 2)]] for k in kinds if len(k)]
-        )
+        drawn = [k[torch.randperm(len(k), generator=generator)[: max(1, batch // 2)]] for k in kinds if len(k)]
+        rows = torch.cat(drawn)
         optimizer.zero_grad()
-        scores = meta.read(torch.stack([models[int(row)](queries) for row in rows]))
+        scores, _ = meta.read(torch.stack([models[int(row)](queries) for row in rows]))
         F.binary_cross_entropy_with_logits(scores, labels[rows]).backward()
         optimizer.step()
     fixed = [weight.detach() for weight in weights]
@@ -283,9 +301,13 @@ class MetaNeuralAnalysis(ModelDefense):
     shadow_epochs: int = param(0, "epochs of a shadow's training; 0 = those of the recipe", low=0, source="ours")
     queries: int = param(10, "inputs that are fed to a model", low=1, source="paper")
     hidden: int = param(20, "hidden units of the meta-classifier", low=1, source="authors' code")
-    meta_steps: int = param(200, "steps of Adam per meta-classifier", low=1, source="ours")
+    head: str = param(
+        "classes", "one network for each class in turn, or one for all", choices=("classes", "joint"), source="ours"
+    )
+    meta_steps: int = param(100, "steps of Adam per meta-classifier", low=1, source="ours")
     meta_batch: int = param(8, "shadows per step", low=2, source="ours")
     meta_lr: float = param(1e-2, "learning rate of the meta-classifier", above=0, source="ours")
+    meta_decay: float = param(1e-3, "weight decay of the meta-classifier", low=0, source="ours")
     folds: int = param(4, "meta-classifiers, each trained without a part of the shadows", low=2, source="ours")
     frr: float = param(0.05, "share of benign models that may be called backdoored", above=0, high=1, source="ours")
 
@@ -310,9 +332,12 @@ class MetaNeuralAnalysis(ModelDefense):
         }
         kept = ctx.asset(ASSET, spec, lambda own: self.train(clean, blueprint, own))
         metas = self.restore(kept, tuple(start.shape[1:]), model.num_classes)
-        score = sum(meta.score(model) for meta in metas) / len(metas)
-        # Nothing points at a class: the verdict has no targets.
-        return ScanReport(score, score > float(kept["threshold"]), ())
+        scores, classes = zip(*(meta.score(model) for meta in metas), strict=True)
+        score, voices = sum(scores) / len(scores), torch.stack(classes).mean(0)
+        backdoored = score > float(kept["threshold"])
+        if self.head == "joint":
+            return ScanReport(score, backdoored, ())
+        return ScanReport(score, backdoored, (int(voices.argmax()),) if backdoored else (), tuple(voices.tolist()))
 
     def train(self, clean: Split, blueprint: Blueprint, ctx: Context) -> Tensors:
         """Shadows, then one meta-classifier for each fold, as tensors."""
@@ -327,14 +352,16 @@ class MetaNeuralAnalysis(ModelDefense):
                 [asks[row] for row in seen],
                 labels[out != fold],
                 first,
+                joint=self.head == "joint",
                 hidden=self.hidden,
                 steps=self.meta_steps,
                 lr=self.meta_lr,
+                weight_decay=self.meta_decay,
                 batch=self.meta_batch,
                 generator=ctx.generator(self.name, "meta", fold),
             )
             for row in (out == fold).nonzero().flatten().tolist():
-                unseen[row] = meta.score(models[row])
+                unseen[row], _ = meta.score(models[row])
             parts.append((meta.queries, meta.mean, meta.std, *meta.hidden, *meta.out))
         names = ("queries", "mean", "std", "hidden_weight", "hidden_bias", "out_weight", "out_bias")
         kept = {name: torch.stack(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
@@ -365,13 +392,16 @@ class MetaNeuralAnalysis(ModelDefense):
         Raises:
             InputError: if tensors are missing or do not fit the model.
         """
-        wanted = {"queries": (self.queries, *shape), "mean": (self.queries * classes,)}
-        wanted |= {
-            "std": wanted["mean"],
-            "hidden_weight": (self.hidden, *wanted["mean"]),
+        width = self.queries * (classes if self.head == "joint" else 1)
+        wanted: dict[str, tuple[int, ...]] = {
+            "queries": (self.queries, *shape),
+            "mean": (self.queries, classes),
+            "std": (),
+            "hidden_weight": (self.hidden, width),
             "hidden_bias": (self.hidden,),
+            "out_weight": (self.hidden,),
+            "out_bias": (),
         }
-        wanted |= {"out_weight": (self.hidden,), "out_bias": ()}
         for name in (*wanted, "threshold"):
             if name not in kept:
                 raise InputError(f"asset {ASSET} lacks the tensor {name!r}; it has: {', '.join(sorted(kept))}")
@@ -384,6 +414,6 @@ class MetaNeuralAnalysis(ModelDefense):
 
 def _asker(model: Classifier) -> Callable[[Tensor], Tensor]:
     def ask(queries: Tensor) -> Tensor:
-        return Queries(queries).logits(model).flatten().cpu()
+        return Queries(queries).logits(model).cpu()
 
     return ask
