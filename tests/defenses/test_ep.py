@@ -18,7 +18,7 @@ from backdoorlab.models import Classifier
 from backdoorlab.models.anatomy import split_units
 from backdoorlab.tasks import Task
 from backdoorlab.training import Context
-from effect_tools import Numbers, case, effects, least, most, repaired
+from effect_tools import Numbers, case, effects, least, most, repaired, wide_benign, wide_victim
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +110,10 @@ def test_known_by_its_names_and_reads_the_mixture() -> None:
     assert EntropyPruning.reads == ("model", "clean", "suspicious")
 
 
-@case("defense/repair/ep", asr_lost=least(0.5), acc_lost=most(0.1), benign_lost=most(0.08))
+@case("defense/repair/ep", der=least(0.7), acc_lost=most(0.1), benign_lost=most(0.1))
 def ep(seed: int) -> Numbers:
-    return repaired(seed, EntropyPruning(), harmless=True)
+    """In a network with channels to spare; what it does to one of 112 channels differs widely between draws."""
+    return repaired(seed, EntropyPruning(), backdoor=wide_victim(seed), harmless=wide_benign(seed))
 
 
 test_effect = effects(__name__)

@@ -92,6 +92,8 @@ def test_the_deepest_cut_is_the_largest_tolerable_count_that_is_tried() -> None:
     assert {5, 6, 7} <= set(asked) and 9 not in asked
     assert deepest_cut(accuracy, torch.tensor([2, 8, 10]), 0.05) == 1, "between 0 and the first step"
     assert deepest_cut(accuracy, torch.tensor([9]), 0.05) == 9
+    monotone = [1.0] * 137 + [0.5] * 900
+    assert deepest_cut(lambda counts: torch.tensor(monotone)[counts], torch.tensor([1036]), 0.1) == 136
     assert deepest_cut(lambda counts: (counts == 0).double(), torch.tensor([1, 5]), 0.5) == 0
 
 

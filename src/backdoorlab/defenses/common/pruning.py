@@ -102,17 +102,21 @@ def accuracies(
     return hits.double().cpu() / len(labels)
 
 
-def deepest_cut(accuracy: Callable[[Tensor], Tensor], coarse: Tensor, tolerance: float, fine: int = 8) -> int:
+def deepest_cut(
+    accuracy: Callable[[Tensor], Tensor], coarse: Tensor, tolerance: float, fine: int = 8, rounds: int = 4
+) -> int:
     """The largest number of units whose loss clean samples tolerate.
 
     Accuracy is no monotone function of that number (a unit that does harm alone may be harmless once others are gone),
-    so every coarse step is tried; the steps behind the largest tolerable one are then refined.
+    so every coarse step is tried. What lies between the largest tolerable number and the next one is then refined, and
+    refined again.
 
     Args:
         accuracy: counts int64 [S] -> accuracies float [S] with the so many most suspicious units silenced.
         coarse: int64, counts to try; 0 is added.
         tolerance: largest relative drop of accuracy.
-        fine: how many counts are tried between the largest tolerable one and the next.
+        fine: how many counts a refinement tries.
+        rounds: of refinement at most; each makes the gap ``fine`` + 1 times smaller.
 
     Returns:
         A count, 0 if only that is tolerable.
@@ -121,12 +125,13 @@ def deepest_cut(accuracy: Callable[[Tensor], Tensor], coarse: Tensor, tolerance:
     reached = accuracy(steps)
     floor = (1 - tolerance) * reached[0] - 1e-9
     best = int(steps[reached >= floor].max())
-    later = steps[steps > best]
-    if not len(later):
-        return best
-    between = torch.linspace(best, int(later[0]), fine + 2).round().long().unique()
-    between = between[(between > best) & (between < later[0])]
-    if len(between):
+    for _ in range(rounds):
+        later = steps[steps > best]
+        if not len(later) or int(later[0]) == best + 1:
+            break
+        between = torch.linspace(best, int(later[0]), fine + 2).round().long().unique()
+        steps = torch.cat([between[between > best], later]).unique()
+        between = between[(between > best) & (between < later[0])]
         good = between[accuracy(between) >= floor]
         best = int(good.max()) if len(good) else best
     return best

@@ -6,8 +6,8 @@ backdoor uses may sleep while a model sees clean samples. With the penultimate f
     a_j = mean_i |h_j(x_i)|,
 
 units are pruned in ascending order of a_j, a hundredth of them at a time, until the accuracy on held-out clean samples
-has fallen by more than ``tolerance`` (relative); the step before that is kept. Then the whole model is fine-tuned on all
-clean samples, with the pruned units still silent.
+has fallen by more than ``tolerance`` (relative); the step before that is kept. Then the whole model is fine-tuned on
+all clean samples, with the pruned units still silent.
 
 Penultimate units are what the last linear layer receives, and a unit is silenced by a zero column in that layer. Behind
 a global pooling that is the same as pruning channels of the last convolutional layer, as in the paper.
