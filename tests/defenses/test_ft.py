@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backdoorlab.core.errors import BackdoorLabError
-from backdoorlab.defenses import DefenderView
+from backdoorlab.defenses import DefenderView, RepairDefense
 from backdoorlab.defenses.common.finetuning import batch_for, finetuning_recipe
 from backdoorlab.defenses.repair.ft import FineTuning
 from backdoorlab.tasks import Task
@@ -57,6 +57,11 @@ def test_a_blueprint_is_read_only_by_those_that_declare_it() -> None:
     recipe = finetuning_recipe(view, epochs=1, lr=None, batch_size=16, weight_decay=0.0)
     assert recipe.lr == 0.01, "what may not be read must not be used"
     assert view_of(tiny_task("image"), known=True).limited("ft", ("model",), ("blueprint",)).has("blueprint")
+
+
+def test_an_unknown_part_that_may_be_read_is_refused_when_the_class_is_made() -> None:
+    with pytest.raises(TypeError, match="no part 'roles'"):
+        type("Wrong", (RepairDefense,), {"may_read": ("roles",)})
 
 
 @case("defense/repair/ft", asr_lost=least(0.6), acc_lost=most(0.1), benign_lost=most(0.1))

@@ -196,7 +196,9 @@ class ImplicitUnlearning(RepairDefense):
     modalities: ClassVar[tuple[str, ...]] = ("image", "audio", "video")
     aliases: ClassVar[tuple[str, ...]] = ("i-bau",)
 
-    rounds: int = param(5, "searches for a perturbation, each followed by unlearning it", low=1, source="BackdoorBench")
+    rounds: int = param(
+        20, "searches for a perturbation, each followed by unlearning it", low=1, source="ours (BackdoorBench: 5)"
+    )
     passes: int = param(1, "over the clean samples, per search", low=1, source="BackdoorBench")
     unlearn_passes: int = param(1, "over the clean samples, per round of unlearning", low=1, source="BackdoorBench")
     ascent: float = param(
@@ -208,8 +210,10 @@ class ImplicitUnlearning(RepairDefense):
     penalty: float = param(0.001, "weight of the perturbation's square", low=0, source="BackdoorBench")
     iterations: int = param(5, "terms of the hypergradient's series, at most", low=1, source="BackdoorBench")
     inner_lr: float = param(0.1, "step of the fixed-point map", above=0, source="BackdoorBench")
-    share: float = param(0.5, "of a batch that carries the perturbation", above=0, high=1, source="ours")
-    lr: float = param(1e-3, "learning rate of Adam", above=0, source="ours (BackdoorBench: 1e-4)")
+    share: float = param(
+        0.2, "of a batch that carries the perturbation", above=0, high=1, source="ours (BackdoorBench: 0.01)"
+    )
+    lr: float = param(5e-4, "learning rate of Adam", above=0, source="ours (BackdoorBench: 1e-4)")
     batch_size: int = param(
         256, "samples per step; at most an eighth of the samples, or 16", low=1, source="BackdoorBench"
     )

@@ -22,6 +22,8 @@ Choices and deviations
 - ``layer`` names the layer in front of which g is put. By default it is the last convolution but one, 1x1 ones not
   counted: the first one of the last block of a ResNet, as in the paper. Models that consist of layer norms on tokens
   rather than of convolutions get a d x d map in front of the last of these.
+- The rate is annealed over all epochs; published code makes such a schedule and never steps it.
+- Gradients are clipped: -log(1 - p) has steep ones where the model is sure of a wrong class.
 - The bound r is meant for 3x32x32 values and scaled with the root of the number of values; x + d is clipped to the
   valid range.
 - That norm keeps these statistics; its gain and bias are trained with the convolution. Statistics of small batches
@@ -296,11 +298,12 @@ class NeuralPolarizer(RepairDefense):
         "", "layer in front of which the polarizer goes, as in named_modules; none = chosen", source="ours"
     )
     epochs: int = param(50, "passes over the clean samples", low=1, source="BackdoorBench, CIFAR-10")
-    lr: float = param(0.01, "learning rate of SGD", above=0, source="BackdoorBench")
+    lr: float = param(0.01, "peak learning rate of SGD", above=0, source="BackdoorBench")
     batch_size: int = param(
         128, "samples per step; at most an eighth of the samples, or 16", low=1, source="BackdoorBench, CIFAR-10"
     )
     weight_decay: float = param(5e-4, "L2 penalty on the polarizer", low=0, source="BackdoorBench")
+    clip: float = param(1.0, "largest norm of the polarizer's gradient, 0 for none", low=0, source="ours")
     norm: float = param(
         3.0, "Euclidean bound of a perturbation of 3x32x32 values in [0, 1]", above=0, source="BackdoorBench, CIFAR-10"
     )
@@ -335,6 +338,7 @@ class NeuralPolarizer(RepairDefense):
             lr=self.lr,
             weight_decay=self.weight_decay,
             schedule="cosine",
+            clip=self.clip,
             augment=False,
         )
         fit(
