@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from backdoorlab.attacks import Backdoor, attacks
+from backdoorlab.core.errors import InputError
 from backdoorlab.data.split import BACKDOOR, Split
 from backdoorlab.defenses import DefenderView
-from backdoorlab.defenses.dataset.ac import ActivationClustering, TwoClusters, reduce_features, two_clusters
+from backdoorlab.defenses.dataset.ac import (
+    ActivationClustering,
+    TwoClusters,
+    own_over_other,
+    reduce_features,
+    two_clusters,
+)
 from backdoorlab.models import Classifier
 from backdoorlab.tasks import Task
 from backdoorlab.training import Context
@@ -92,6 +99,33 @@ def test_tiny_classes_are_not_judged(rare: Backdoor, digits_task: Task) -> None:
     scores = ActivationClustering(rule="smaller").score(DefenderView(suspicious=few, model=rare.model), Context())
     assert not scores[few.labels == 0].any()
     assert scores[few.labels == 1].any()
+
+
+def test_own_over_other_by_hand() -> None:
+    """Three of the class 2, two of class 0, one of class 5."""
+    assert own_over_other(torch.tensor([2, 0, 2, 5, 0, 2]), 2) == 1.5
+    assert own_over_other(torch.tensor([0, 0, 1]), 7) == 0
+    assert own_over_other(torch.tensor([3, 3]), 3) == float("inf")
+
+
+def test_reclassification_needs_the_blueprint(rare: Backdoor, digits_task: Task) -> None:
+    view = DefenderView(suspicious=digits_task.train, model=rare.model)
+    with pytest.raises(InputError, match="ac: rule=reclassify trains a model and needs the blueprint"):
+        ActivationClustering(rule="reclassify").apply(view, Context())
+    with pytest.raises(InputError, match="blueprint"):
+        ActivationClustering(rule="reclassify").screen(digits_task.train, rare.model)
+
+
+def test_an_excluded_cluster_of_poison_goes_back_to_where_it_came_from(rare: Backdoor, digits_task: Task) -> None:
+    """A model trained without them takes the poison for its true classes, and a part of class 1 for class 1."""
+    data = rare.poison.apply(digits_task.train)
+    clusters = {}
+    for k, inside in ((0, data.roles == BACKDOOR), (1, torch.arange(len(data)) % 3 == 0)):
+        rows = (data.labels == k).nonzero().flatten()
+        margin = torch.where(inside[rows], 1.0, -1.0).double()
+        clusters[k] = rows, TwoClusters(margin, float((margin > 0).float().mean()), 0.5)
+    view = DefenderView(suspicious=data.as_seen(), model=rare.model, blueprint=digits_task.blueprint)
+    assert ActivationClustering(rule="reclassify").reclassified(clusters, view, Context()) == {0}
 
 
 @case(

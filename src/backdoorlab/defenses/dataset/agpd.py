@@ -11,7 +11,7 @@ classifies correctly is the clean direction, and the sample of the class least s
 
 1. Dispersion of a class at a layer: root mean square, over its samples, of cos(g, r_k) - cos(g, q_k).
 2. Robust z-scores of the dispersions among the classes, per layer. The layer with the largest one is used; classes with
-   a z-score above ``threshold`` there are suspected.
+   a z-score above e^2 there are suspected.
 3. In a suspected class the set P of poison starts with the seed and grows. In every round
 
        rate(x) = (1 - cos(g, mean of P)) / (1 - cos(g, mean of P) + 1 - cos(g, r_k))
@@ -32,16 +32,17 @@ Choices and deviations
   for the windows of ``stop="window"``, which is the paper's.
 - ``centred=True`` (default) subtracts the mean clean gradient of all classes. In a shallow network the gradients of all
   samples share most of their direction, and the differences between them are lost in cosines near 1.
-- ``threshold`` is 3.5, the usual bound of such scores, and not the paper's e^2; in return a suspected class is filtered
-  only if its correctly classified clean samples, put through the same filter, stay outside of P more than chance has it
-  (Fisher's exact test, ``level``), or altogether. The paper's rule is ``threshold=7.389`` with ``level=1``. A P that
-  holds nothing but its seed is no finding.
+- A suspected class is filtered only if its correctly classified clean samples, put through the same filter, stay
+  outside of P more than chance has it (Fisher's exact test, ``level``), or altogether. ``level=1`` is the paper's rule,
+  by which some layer of a benign model may well have some class above e^2. A P that holds nothing but its seed is no
+  finding.
 - The paper's second chance (three late layers, dispersion above 0.3, if no layer has an outlier) is the option
   ``fallback``, off by default: the constant belongs to one network.
 - Fewer than 5 judged classes give no index; then dispersion and clean samples decide: the layer is the one with the
   largest dispersion.
 
-Limits: all-to-all attacks leave no class to compare with; needs clean samples of a class to judge it.
+Limits: all-to-all attacks leave no class to compare with; a class without clean samples is not judged. In a network of
+few layers the gradients of poison and clean samples hardly differ.
 """
 
 from __future__ import annotations
@@ -235,7 +236,7 @@ class Agpd(DatasetDefense):
     needs_clean_fraction: ClassVar[float] = 0.05
 
     tau: float = param(0.05, "scaled rate up to which samples join the poison", low=0, high=1, source="ours")
-    threshold: float = param(3.5, "index above which a class is suspected", low=0, source="ours (paper: e^2)")
+    threshold: float = param(7.389056, "index above which a class is suspected", low=0, source="paper: e^2")
     level: float = param(
         0.05,
         "chance of the clean samples' division at most (1: the index decides alone, as in the paper)",
