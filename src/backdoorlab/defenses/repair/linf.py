@@ -8,7 +8,7 @@ ReLU,
 1. a trigger (mask m, pattern p) is reverse-engineered from clean samples for every class as in Neural Cleanse
    (:mod:`~backdoorlab.defenses.common.inversion`); the class with the smallest one is the suspected target;
 2. channels are ranked by the bias b_j = E_x[ N_j((1 - m) x + m p) - N_j(x) ] over clean samples of other classes,
-   divided by the standard deviation of N_j(x) (``normalised``);
+   with ``normalised`` divided by the standard deviation of N_j(x);
 3. the channels of the largest bias are silenced.
 
 The text of the paper was not at hand: beyond its abstract (norms of activations, reverse-engineered triggers, pruning
@@ -18,9 +18,8 @@ Choices and deviations
 - The pruned fraction is chosen from clean samples alone. In steps of a hundredth up to ``largest``, it is the largest
   one that costs at most ``tolerance`` of the accuracy on clean samples (an absolute difference) and leaves the
   *recovered* trigger a success rate of at most ``works``; if there is none, the largest within the tolerance, with a
-  warning.
-  ``fraction`` fixes it. A recovered trigger is not the real one, and a network in which the first is dead may still
-  obey the second: the abstract of the paper reports an ASR of 48 % that is left.
+  warning. ``fraction`` fixes it. A recovered trigger is not the real one, and a network in which the first is dead may
+  still obey the second.
 - ``statistic`` takes l1 or l2 norms over positions instead of the largest value, for comparison. Triggers that cover
   the image may be seen better by these.
 - ``trigger=none`` needs no inversion: channels are ranked by E[N_inf] / E[N_1] on clean samples, peaky ones first.

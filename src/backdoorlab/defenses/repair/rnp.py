@@ -136,15 +136,15 @@ class ReconstructiveNeuronPruning(RepairDefense):
     unlearn_lr: float = param(
         0.01, "learning rate of unlearning, a tenth after half of its steps", above=0, source="BackdoorBench"
     )
-    weight_decay: float = param(5e-4, "L2 penalty of unlearning", low=0, source="paper")
-    clip: float = param(20.0, "largest norm of the gradient in unlearning", above=0, source="paper")
+    weight_decay: float = param(5e-4, "L2 penalty of unlearning", low=0, source="BackdoorBench")
+    clip: float = param(20.0, "largest norm of the gradient in unlearning", above=0, source="BackdoorBench")
     stop: float = param(
         0.2, "share of the model's accuracy at which unlearning ends", above=0, high=1, source="BackdoorBench"
     )
     recover_steps: int = param(80, "steps of recovering", low=1, source="BackdoorBench: 20 epochs of 500 samples")
     recover_lr: float = param(0.02, "learning rate of the masks (BackdoorBench: 0.2)", above=0, source="ours")
-    alpha: float = param(0.2, "factor of the loss in recovering", above=0, source="paper")
-    momentum: float = param(0.9, "of SGD in both stages", low=0, high=0.999, source="paper")
+    alpha: float = param(0.2, "factor of the loss in recovering", above=0, source="BackdoorBench")
+    momentum: float = param(0.9, "of SGD in both stages", low=0, high=0.999, source="BackdoorBench")
     batch_size: int = param(128, "samples per batch, drawn with replacement", low=1, source="BackdoorBench")
     threshold: float | None = param(
         None, "prune units with a mask at or below it; none = chosen on the clean samples", low=0, high=1, source="ours"
