@@ -20,14 +20,14 @@ Choices and deviations
 - Units are pruned in the order of their masks, as many as lose at most ``tolerance`` of the accuracy on the clean
   samples (relative); triggered data are never looked at. Thresholds 0, 0.05, ..., 0.95 are tried, every one, as
   accuracy is no monotone function of them (a unit that does harm alone may be harmless once others are gone); between
-  the largest tolerable one and the next the cut is refined by numbers of units: masks crowd between 0.5 and 0.9, and
-  one step of 0.05 may be the difference between a live backdoor and a broken network. ``threshold`` fixes it instead
+  the largest tolerable one and the next the cut is refined by numbers of units: where masks crowd, one step of 0.05
+  may be the difference between a live backdoor and a broken network. ``threshold`` fixes it instead
   (paper: 0.2). All clean samples count, a part of which was held out from the optimisation of the masks: the held-out
   ones alone may be a few dozen, of which a handful decides.
 
-Limits: pruning needs channels to spare. In networks of a few hundred channels the backdoor shares its channels with the
-clean task, and even the channels that a trigger really moves most cannot be silenced without loss. A trigger that
-covers the image is carried by many channels, of which no single one reacts to noise.
+Limits: pruning needs channels to spare. In a narrow network the backdoor shares its channels with the clean task, and
+even those that a trigger moves most cannot be silenced without loss. A trigger that covers the image may be carried by
+many channels.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ Choices and deviations
 - Unlearning ends with the first batch whose accuracy is at most ``stop`` times that of the given model. Looking only
   once an epoch of several batches lets the loss rise far beyond, and masks then rank units by noise. The published
   bound of 0.2 belongs to ten classes.
-- Masks move at a tenth of the published rate: after a hundred steps at 0.2 a sixth of them or more lie at exactly 0,
-  without order among them, and a cut must take all or none. ``recover_lr=0.2`` is the published rate.
+- Masks move at a tenth of the published rate. At that rate many of them soon lie at exactly 0, without any order that a
+  cut could follow. ``recover_lr=0.2`` is the published one.
 - Both stages count steps, on batches drawn with replacement: a few dozen samples give as many as the published 500.
 - Batch norms see batch statistics in both stages; the original's running statistics never change. A mask scales gain
   and bias of its channel, which is what pruning sets to zero.
@@ -32,7 +32,7 @@ Choices and deviations
 
 Limits: with a rate too low nothing is unlearned, all masks stay at 1 and nothing is pruned (the method warns). Units
 that serve clean samples and the trigger alike are pruned late or never; if the unit with the smallest mask serves one
-class alone, nothing is pruned at all. Triggers that cover the image survive in narrow networks.
+class alone, nothing is pruned at all. Triggers that cover the image may survive.
 """
 
 from __future__ import annotations
