@@ -52,7 +52,7 @@ def test_version_and_no_arguments(cli: Callable[..., Any]) -> None:
     assert "quickstart" in cli().out + cli().err
 
 
-COMMANDS = ("quickstart", "list", "attack", "defend", "bench", "results", "show", "export", "stamp", "predict")
+COMMANDS = ("quickstart", "list", "attack", "defend", "bench", "study", "results", "show", "export", "stamp", "predict")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
