@@ -27,7 +27,6 @@ from effect_tools import (
     most,
     repaired,
     subnet_victim,
-    wide_victim,
 )
 
 
@@ -156,12 +155,6 @@ def test_too_few_samples_are_named(badnets_digits: Backdoor, clean: Split) -> No
 def effect_of_anp(seed: int) -> Numbers:
     method = AdversarialNeuronPruning(iterations=100, batch_size=64)
     return repaired(seed, method, subnet_victim(seed), harmless=True)
-
-
-@case("defense/repair/anp_wide", der=least(0.85), acc_lost=most(0.06))
-def effect_of_anp_on_a_wide_network(seed: int) -> Numbers:
-    """BadNets as it is, not squeezed into few channels, where there are channels to spare."""
-    return repaired(seed, AdversarialNeuronPruning(iterations=100, batch_size=64), backdoor=wide_victim(seed))
 
 
 test_effect = effects(__name__)

@@ -105,7 +105,7 @@ class EntropyPruning(RepairDefense):
         source="ours",
     )
     tolerance: float = param(
-        0.05, "largest relative drop of clean accuracy when choosing", low=0, high=1, source="ours"
+        0.02, "largest relative drop of clean accuracy when choosing", low=0, high=1, source="ours"
     )
 
     def run(self, view: DefenderView, ctx: Context) -> Classifier:
