@@ -21,7 +21,8 @@ classifies correctly is the clean direction, and the sample of the class least s
    start of the window of 10 rounds with the smallest mean + 5 standard deviations.
 
 The score of a sample is 1 - rate for members of P and -rate for the others, by the rates of the round that is taken
-(scaled over the whole class); -1 in classes that are not suspected. Flagged is what is above 0.
+(scaled over the whole class). Samples of classes that are not suspected follow below, those least similar to their
+clean direction first; -2 where there is none. Flagged is what is above 0.
 
 Choices and deviations
 - Layers are all convolutions and, in networks without any, the linear and normalisation layers; found by tracing. All
@@ -224,7 +225,7 @@ def last_near(closeness: list[float]) -> int:
 @defenses.register
 @dataclass(frozen=True, kw_only=True)
 class Agpd(DatasetDefense):
-    """Directions of gradients at inner layers, and growth of the poison set from one seed."""
+    """Directions of gradients at inner layers, and growth of a poison set from the least similar sample."""
 
     name: ClassVar[str] = "agpd"
     paper: ClassVar[str] = (
@@ -255,7 +256,7 @@ class Agpd(DatasetDefense):
     batch_size: int = param(256, "samples per backward pass", low=1, source="BackdoorBench")
 
     def score(self, view: DefenderView, ctx: Context) -> Tensor:
-        """1 - rate for members of the poison, -rate for the others of suspected classes, -1 elsewhere."""
+        """1 - rate for members of the poison, -rate for the others of suspected classes, less elsewhere."""
         model, data, clean = view.model, view.suspicious, view.clean
         need_samples(self.name, "suspicious", data)
         need_samples(self.name, "clean", clean)
@@ -272,13 +273,15 @@ class Agpd(DatasetDefense):
                 "agpd: no class has clean samples that the model classifies correctly and enough others"
             )
         spread = torch.full((len(layers), model.num_classes), math.nan, dtype=torch.float64)
+        near = torch.ones(len(layers), len(data), dtype=torch.float64)
         for k in ctx.track(judged, "agpd: directions of gradients", len(judged)):
             vectors, _ = activation_gradients(model, data[mine[k]], layers, self.batch_size)
             for i in range(len(layers)):
                 towards = known[i][owned[k]].double().mean(0) - middle[i]
                 spread[i, k], _ = dispersion(vectors[i].double() - middle[i], towards)
+                near[i, mine[k]] = cosines(vectors[i].double() - middle[i], towards)
         layer, found = self.outliers(spread)
-        scores = torch.full((len(data),), -1.0, dtype=torch.float64)
+        scores = -1.5 - near[layer] / 2
         for k in found:
             vectors, _ = activation_gradients(model, data[mine[k]], layers, self.batch_size)
             both = torch.cat([vectors[layer], known[layer][owned[k]]]).double() - middle[layer]
