@@ -198,6 +198,7 @@ def test_another_setting_is_another_cell_and_the_key_counts_the_code(
     usual = keys()
     assert keys(settings={"gamma": 0.7})[:2] == usual[:2]  # ordinary training has none
     assert keys(settings={"gamma": 0.7})[2] != usual[2]
+    assert keys(settings={"gamma": "0.5", "ascent_steps": 7}) == usual  # the default as text; of another phase
     monkeypatch.setattr(base, "code_of", lambda path: b"other code")
     assert keys()[0] == usual[0]
     assert keys()[1] != usual[1]

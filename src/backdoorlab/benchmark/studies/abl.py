@@ -59,6 +59,8 @@ FIGURES = {
     "rate": ("isolation-rate.png",),
     "turning": ("turning-epoch.png",),
 }
+_ISOLATING = ("local_loss", "lga_mode", "gamma", "turning", "isolation_lr", "isolation_augment")
+"""Hyper-parameters that the isolation phase depends on."""
 WATCHED = 0.5
 """Share of the recipe that the isolation phase is watched."""
 
@@ -108,7 +110,9 @@ class IsolationStudy(Study):
 
     def measurement(self, loss: Mapping[str, Any]) -> Measurement:
         """Losses of all samples under one way of training."""
-        settings = {**self.options.settings, **loss, "turning": WATCHED}
+        changed = {**self.options.settings, **loss, "turning": WATCHED}
+        every = AntiBackdoorLearning.build(changed).settings()
+        settings = {name: every[name] for name in _ISOLATING}
         return Measurement("losses", settings, isolation, AntiBackdoorLearning, partial(_take, settings))
 
     def rows(self, outcomes: Sequence[Outcome], runner: Runner) -> list[dict[str, Any]]:

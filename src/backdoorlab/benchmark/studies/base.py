@@ -416,6 +416,8 @@ def _measure(planned: Planned, blank: Card, cards: Sequence[Card], runner: Runne
         with meter.part("measure"):
             found = measurement.take(site)
         notes = {"warnings": list(site.ctx.warnings)} if site.ctx.warnings else {}
+        if site.backdoor.poison.replay:
+            notes["replay"] = True
     except InputError:
         raise
     except Exception as error:
