@@ -24,8 +24,8 @@ Choices and deviations
 - ``head="joint"`` is the paper's: one network reads the logits of all queries and classes, and learns each target class
   anew. A random target makes all classes alike, so ``head="classes"`` (default) lets one network read the log
   probabilities of a class under all queries, for each class in turn, and joins them by a log-sum-exp. From few shadows
-  the joint head can hardly learn more than these shadows. What speaks for each class is reported as evidence, but no target is
-  named: as in the paper the verdict is on the model.
+  the joint head can hardly learn more than these shadows. What speaks for each class is reported as evidence, but no
+  target is named: as in the paper the verdict is on the model.
 - Answers are centred by their mean over the shadows and divided by one standard deviation.
 - As in the paper queries are not kept in the range of the data.
 - Texts: a query is a sequence of mixtures (softmax) of ``QUERY_WORDS`` frequent words, since shadows do not share one
