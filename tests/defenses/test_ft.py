@@ -64,12 +64,12 @@ def test_an_unknown_part_that_may_be_read_is_refused_when_the_class_is_made() ->
         type("Wrong", (RepairDefense,), {"may_read": ("roles",)})
 
 
-@case("defense/repair/ft", asr_lost=least(0.6), acc_lost=most(0.1), benign_lost=most(0.1))
+@case("defense/repair/ft", asr_lost=least(0.7), acc_lost=most(0.06), benign_lost=most(0.07))
 def effect_of_ft(seed: int) -> Numbers:
     return repaired(seed, FineTuning(), harmless=True)
 
 
-@case("defense/repair/ft/blended", acc_lost=most(0.1))
+@case("defense/repair/ft/blended", asr_lost=least(0.2), acc_lost=most(0.07))
 def effect_of_ft_on_blended(seed: int) -> Numbers:
     return repaired(seed, FineTuning(), backdoor=blended(seed))
 
