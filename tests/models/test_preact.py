@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from backdoorlab.core.seeding import isolated_rng
+from backdoorlab.modalities.image import ImageModality
+from backdoorlab.models.classifier import default_model
 from backdoorlab.models.image import (
     PreActResNet,
     preact_resnet8,
@@ -47,3 +49,10 @@ def test_the_narrow_ones_are_the_reference_network_with_fewer_channels(
     for name, weight in reference.items():
         ends = (3, 10) if name in ("conv1.weight", "linear.weight", "linear.bias") else ()
         assert list(weights[name].shape[:2]) == [n if n in ends else n // share for n in weight.shape[:2]], name
+
+
+@pytest.mark.parametrize(
+    ("side", "default"), [(16, "convnet3"), (28, "preact_resnet18_w16"), (64, "preact_resnet18_w16")]
+)
+def test_the_default_follows_the_size_of_the_images(side: int, default: str) -> None:
+    assert default_model(ImageModality(3, side, side)) == default
