@@ -7,14 +7,15 @@ trusted ones, ``rounds`` times. Needs the training set, but no clean samples.
 
 Choices and deviations
 - Ascent has no bound of its own and ruins a model whose suspected samples are partly clean. A sample's loss is ascended
-  up to ``cap`` ln K only (ln K is that of a uniform guess).
+  up to ``cap`` ln K only: at 1 that is where the model would do as well by guessing.
 - Batch norms use their running statistics in ascent, so that batches of nothing but suspects do not move them.
 - The published learning rate, 1e-4, belongs to models trained at 0.01; ``lr`` is stated as a share of the recipe's. On
   small sets a batch is at most an eighth of the trusted samples (or 16), so that a round has several steps.
 
 Cost: 0.12 trainings of the recipe for distinguishing, and ``rounds`` passes over a quarter of the set.
 
-Limits: those of sample distinguishing; clean samples among the suspected are unlearned as well.
+Limits: those of sample distinguishing; clean samples among the suspected are unlearned as well, at the price of clean
+accuracy. Where training sets are small, so that rounds are few steps, the published rate changes little: raise ``lr``.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class BackdoorRemoval(Distinguishing, RepairDefense):
     )
     batch_size: int = param(128, "samples per step; fewer on small sets", low=1, source="paper, BackdoorBench")
     weight_decay: float = param(5e-4, "L2 penalty", low=0, source="paper, BackdoorBench")
-    cap: float = param(2.0, "samples with a loss above cap * ln K are not ascended", above=0, source="ours")
+    cap: float = param(1.0, "samples with a loss above cap * ln K are not ascended", above=0, source="ours")
 
     def run(self, view: DefenderView, ctx: Context) -> Classifier:
         """Distinguish samples, then unlearn and relearn in a copy."""
