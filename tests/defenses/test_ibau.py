@@ -114,12 +114,12 @@ def test_discrete_inputs_are_refused_with_a_reason() -> None:
     assert "text" not in defenses.get("ibau", "image").modalities
 
 
-@case("defense/repair/ibau", asr_lost=least(0.4), acc_lost=most(0.1), benign_lost=most(0.1))
+@case("defense/repair/ibau", asr_lost=least(0.25), acc_lost=most(0.1), benign_lost=most(0.07))
 def effect_of_ibau(seed: int) -> Numbers:
     return repaired(seed, ImplicitUnlearning(), harmless=True)
 
 
-@case("defense/repair/ibau/blended", acc_lost=most(0.1))
+@case("defense/repair/ibau/blended", asr_lost=least(0.4), acc_lost=most(0.1))
 def effect_of_ibau_on_blended(seed: int) -> Numbers:
     return repaired(seed, ImplicitUnlearning(), backdoor=blended(seed))
 

@@ -102,12 +102,12 @@ def test_at_the_beginning_of_the_path_lies_the_suspicious_model(badnets_digits: 
         torch.testing.assert_close(mine, theirs)
 
 
-@case("defense/repair/mcr", asr_lost=least(0.6), acc_lost=most(0.1), benign_lost=most(0.1))
+@case("defense/repair/mcr", asr_lost=least(0.7), acc_lost=most(0.07), benign_lost=most(0.08))
 def effect_of_mcr(seed: int) -> Numbers:
     return repaired(seed, ModeConnectivityRepair(), harmless=True)
 
 
-@case("defense/repair/mcr/blended", acc_lost=most(0.1))
+@case("defense/repair/mcr/blended", asr_lost=least(0.3), acc_lost=most(0.07))
 def effect_of_mcr_on_blended(seed: int) -> Numbers:
     return repaired(seed, ModeConnectivityRepair(), backdoor=blended(seed))
 

@@ -94,12 +94,12 @@ def test_of_fewer_layers_the_weights_are_the_last(badnets_digits: Backdoor) -> N
     assert find_taps(badnets_digits.model, 1)[0] == find_taps(badnets_digits.model, 3)[-1]
 
 
-@case("defense/repair/nad", asr_lost=least(0.6), acc_lost=most(0.1), benign_lost=most(0.1))
+@case("defense/repair/nad", asr_lost=least(0.7), acc_lost=most(0.06), benign_lost=most(0.07))
 def effect_of_nad(seed: int) -> Numbers:
     return repaired(seed, NeuralAttentionDistillation(), harmless=True)
 
 
-@case("defense/repair/nad/blended", acc_lost=most(0.1))
+@case("defense/repair/nad/blended", asr_lost=least(0.2), acc_lost=most(0.07))
 def effect_of_nad_on_blended(seed: int) -> Numbers:
     return repaired(seed, NeuralAttentionDistillation(), backdoor=blended(seed))
 
