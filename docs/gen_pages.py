@@ -44,6 +44,7 @@ API = {
         "benchmark.card",
         "benchmark.results",
         "benchmark.engine",
+        "benchmark.studies.base",
     ),
     "testing": ("testing",),
 }

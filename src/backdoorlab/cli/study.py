@@ -48,14 +48,14 @@ _HEADS = {
         "auroc_l1_max_backdoored": "AUROC l1",
         "auroc_l2_max_backdoored": "l2",
         "auroc_linf_max_backdoored": "linf",
-        "heat_on_trigger_triggered_backdoored": "heat on trigger",
-        "trigger_area": "its area",
+        "heat_on_trigger_triggered_backdoored": "heat",
+        "trigger_area": "area",
     },
 }
 """Columns on the terminal with their heads; --json and --csv have all."""
 _TITLES = {
     "abl": "isolation: precision at isolation rates, AUROC, and mean loss by role at the turning epoch",
-    "linf": "norms and pruning: AUROC of triggered against clean inputs (largest map) in the backdoored model",
+    "linf": "backdoored model: AUROC of the largest norm for triggered inputs, Grad-CAM on the trigger, pruning",
 }
 
 

@@ -22,7 +22,7 @@ _STYLES = ("-", "--", "-.", ":")
 _TICKS = {
     "undefended": "none",
     "sequential": "pure\nascent",
-    "joint, LGA per sample": "joint\nper sample",
+    "joint, LGA per sample": "joint\nper\nsample",
     "joint, flooding": "joint\nflooding",
 }
 
