@@ -166,12 +166,12 @@ def test_only_the_polarizer_is_trained(badnets_digits: Backdoor, clean: Split) -
     assert not torch.equal(found.polarizer.mix.get_parameter("weight")[:, :, 0, 0], torch.eye(width))
 
 
-@case("defense/repair/npd", asr_lost=least(0.4), acc_lost=most(0.1), benign_lost=most(0.1))
+@case("defense/repair/npd", asr_lost=least(0.7), acc_lost=most(0.06), benign_lost=most(0.06))
 def effect_of_npd(seed: int) -> Numbers:
     return repaired(seed, NeuralPolarizer(), harmless=True)
 
 
-@case("defense/repair/npd/blended", acc_lost=most(0.1))
+@case("defense/repair/npd/blended", asr_lost=least(0.1), acc_lost=most(0.06))
 def effect_of_npd_on_blended(seed: int) -> Numbers:
     return repaired(seed, NeuralPolarizer(), backdoor=blended(seed))
 

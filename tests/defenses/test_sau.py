@@ -115,7 +115,7 @@ def test_the_outer_loss_is_the_weighted_sum(badnets_digits: Backdoor, digits_tas
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
-@case("defense/repair/sau", asr_lost=least(0.15), acc_lost=most(0.1), benign_lost=most(0.1))
+@case("defense/repair/sau", asr_lost=least(0.25), acc_lost=most(0.06), benign_lost=most(0.06))
 def effect_of_sau(seed: int) -> Numbers:
     return repaired(seed, SharedUnlearning(epochs=30), harmless=True)
 
