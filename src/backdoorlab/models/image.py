@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from timm.models import register_model
@@ -128,9 +129,13 @@ class ConvNet3(nn.Module):
 class _Image(ModelBuilder):
     modalities = ("image",)
 
+    network: ClassVar[Callable[..., nn.Module]]
+    """Takes ``num_classes`` and ``in_chans``."""
 
-def _channels(modality: Modality) -> int:
-    return expect_modality(modality, ImageModality).channels
+    def build(self, modality: Modality, num_classes: int) -> nn.Module:
+        """See :meth:`ModelBuilder.build`."""
+        channels = expect_modality(modality, ImageModality).channels
+        return type(self).network(num_classes=num_classes, in_chans=channels)
 
 
 @models.register
@@ -139,10 +144,7 @@ class BuildPreActResNet18(_Image):
 
     name = "preact_resnet18"
     summary = "PreAct-ResNet18, 11.2 M parameters: the reference network of the benchmark"
-
-    def build(self, modality: Modality, num_classes: int) -> nn.Module:
-        """See :meth:`ModelBuilder.build`."""
-        return preact_resnet18(num_classes=num_classes, in_chans=_channels(modality))
+    network = preact_resnet18
 
 
 @models.register
@@ -151,10 +153,7 @@ class BuildPreActResNet18W16(_Image):
 
     name = "preact_resnet18_w16"
     summary = "PreAct-ResNet18 of widths 16-128, 0.70 M parameters: default for 28 px and more"
-
-    def build(self, modality: Modality, num_classes: int) -> nn.Module:
-        """See :meth:`ModelBuilder.build`."""
-        return preact_resnet18_w16(num_classes=num_classes, in_chans=_channels(modality))
+    network = preact_resnet18_w16
 
 
 @models.register
@@ -163,10 +162,7 @@ class BuildPreActResNet18W32(_Image):
 
     name = "preact_resnet18_w32"
     summary = "PreAct-ResNet18 of widths 32-256, 2.8 M parameters"
-
-    def build(self, modality: Modality, num_classes: int) -> nn.Module:
-        """See :meth:`ModelBuilder.build`."""
-        return preact_resnet18_w32(num_classes=num_classes, in_chans=_channels(modality))
+    network = preact_resnet18_w32
 
 
 @models.register
@@ -175,10 +171,7 @@ class BuildPreActResNet8(_Image):
 
     name = "preact_resnet8"
     summary = "PreAct-ResNet of widths 16-128 with one block a stage, 0.31 M parameters: the fastest for 32 px"
-
-    def build(self, modality: Modality, num_classes: int) -> nn.Module:
-        """See :meth:`ModelBuilder.build`."""
-        return preact_resnet8(num_classes=num_classes, in_chans=_channels(modality))
+    network = preact_resnet8
 
 
 @models.register
@@ -187,7 +180,4 @@ class BuildConvNet3(_Image):
 
     name = "convnet3"
     summary = "three conv-BN-ReLU blocks, 24 k parameters: default below 28 px"
-
-    def build(self, modality: Modality, num_classes: int) -> nn.Module:
-        """See :meth:`ModelBuilder.build`."""
-        return ConvNet3(num_classes, _channels(modality))
+    network = ConvNet3
