@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -129,11 +130,14 @@ def test_attack_and_defend_json(lab: Any) -> None:
     assert repair["metrics"]["der"] > 0.6
 
 
-def test_a_command_builds_each_method_once(cli: Callable[..., Any], lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_builds_each_method_once(
+    cli: Callable[..., Any], lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = shutil.copytree(lab.store, tmp_path / "store")  # other tests count what the common one holds
     built: list[str] = []
     build = Method.build.__func__  # type: ignore[attr-defined]
     monkeypatch.setattr(Method, "build", classmethod(lambda cls, given: built.append(cls.name) or build(cls, given)))
-    assert cli("defend", "ft", "--run", lab.attack, "--set", "epochs=9", "--store", lab.store).code == 0
+    assert cli("defend", "ft", "--run", lab.attack, "--set", "epochs=9", "--store", store).code == 0
     assert built == ["badnets", "ft"]
 
 

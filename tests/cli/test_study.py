@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def test_plan_table_figures_and_resume(
 ) -> None:
     monkeypatch.setattr(abl, "LOSSES", {"LGA": abl.LOSSES["LGA"]})
     monkeypatch.setattr(abl, "WATCHED", 0.1)
-    words = ("study", "abl", "--attacks", "badnets", "--parts", "isolation", *lab.fast, "--store", lab.store)
+    store = shutil.copytree(lab.store, tmp_path / "store")
+    words = ("study", "abl", "--attacks", "badnets", "--parts", "isolation", *lab.fast, "--store", store)
     planned = cli(*words, "--plan", "--json")
     assert planned.code == 0, planned.err
     assert [(c["cell"], c["done"]) for c in planned.json["cells"]] == [("undefended", True), ("LGA", False)]
@@ -84,14 +86,15 @@ def test_plan_table_figures_and_resume(
 
 
 def test_a_failed_cell_is_told_and_gives_exit_code_1(
-    lab: Any, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    lab: Any, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(site: Any, settings: Any) -> Any:
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(abl, "LOSSES", {"LGA": {"gamma": 0.123}})
     monkeypatch.setattr(abl, "measure_isolation", broken)
-    reply = cli("study", "abl", "--attacks", "badnets", "--parts", "isolation", *lab.fast, "--store", lab.store)
+    store = shutil.copytree(lab.store, tmp_path / "store")
+    reply = cli("study", "abl", "--attacks", "badnets", "--parts", "isolation", *lab.fast, "--store", store)
     assert reply.code == 1
     assert "failed badnets / LGA: RuntimeError: no luck" in reply.err
 

@@ -167,7 +167,7 @@ def _print_table(rows: list[dict[str, Any]], columns: tuple[str, ...], title: st
         table.add_column(
             shown(column),
             justify="right" if numeric else "left",
-            no_wrap=column in ("key", "defense", "attack"),
+            no_wrap=column in ("key", "defense", "attack") or column.startswith(("p.", "d.")),
             style="cyan" if column == "key" else "",
         )
     for line in cells:
