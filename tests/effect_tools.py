@@ -370,7 +370,7 @@ def detected(seed: int, method: InputDefense, backdoor: Backdoor | None = None) 
 
 @lru_cache(maxsize=1)
 def shapes_victim(seed: int) -> tuple[Task, Backdoor]:
-    """BadNets (a checker of 5 px) on coloured shapes of 32 px; read only.
+    """BadNets (a checker of 5 px) on colored shapes of 32 px; read only.
 
     For detectors whose premise digits do not meet: light strokes on black survive any blur and few other corruptions,
     and a feature map of 4 x 4 cells is too coarse to say where in 16 px a trigger lies.

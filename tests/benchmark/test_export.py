@@ -143,7 +143,7 @@ def test_roles_table_describes_every_file(runner: Runner, stored: Callable[..., 
 def test_images_load_again_with_the_same_pixels(
     runner: Runner, stored: Callable[..., Any], tmp_path: Path, dataset: str
 ) -> None:
-    """Grey and colour; the classes of the second are not in alphabetical order."""
+    """Grey and color; the classes of the second are not in alphabetical order."""
     run, task, backdoor = stored("badnets", task_of(dataset, train_size=300, test_size=60, size=24))
     card = export_run(runner, run, tmp_path / "x")
     assert card["loads_as"] == "folder:"

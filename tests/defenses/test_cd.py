@@ -42,9 +42,9 @@ def test_masks_are_those_of_a_slow_loop_over_samples() -> None:
         optimizer = torch.optim.Adam([hidden], 0.1, betas=(0.1, 0.1))
         wanted = model(x).detach()
         for _ in range(4):
-            colour = torch.rand(1, 1, 1, 1, generator=generator)
+            color = torch.rand(1, 1, 1, 1, generator=generator)
             mask = (hidden.tanh() + 1) / 2
-            out = model(x * mask + (1 - mask) * colour)
+            out = model(x * mask + (1 - mask) * color)
             rough = (mask[..., 1:, :] - mask[..., :-1, :]).square().sum() + (
                 mask[..., 1:] - mask[..., :-1]
             ).square().sum()

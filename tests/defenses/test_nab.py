@@ -16,7 +16,7 @@ from backdoorlab.defenses.training.nab import (
     NonAdversarialBackdoorTraining,
     StampedClassifier,
     nearest_centroids,
-    stamp_colour,
+    stamp_color,
     stamped,
 )
 from backdoorlab.defenses.view import DefenderView
@@ -30,9 +30,9 @@ from effect_tools import Numbers, accuracy, benign, case, effects, least, most, 
 MEAN = (0.25, 0.5, 0.75)
 
 
-def coloured(side: int = 3) -> StampedClassifier:
+def colored(side: int = 3) -> StampedClassifier:
     modality = ImageModality(3, 16, 16, MEAN, (0.2, 0.2, 0.2))
-    return StampedClassifier(build_model("convnet3", modality, 4), side, stamp_colour(modality)).eval()
+    return StampedClassifier(build_model("convnet3", modality, 4), side, stamp_color(modality)).eval()
 
 
 def test_the_stamp_lies_in_the_top_left_corner_of_a_copy() -> None:
@@ -44,14 +44,14 @@ def test_the_stamp_lies_in_the_top_left_corner_of_a_copy() -> None:
     assert float(marked[:, :, 2:].sum() + marked[:, :, :, 2:].sum()) == 0
 
 
-def test_its_colour_is_zero_after_normalisation_or_grey() -> None:
-    assert stamp_colour(ImageModality(3, 8, 8, MEAN, (0.2,) * 3)) == MEAN
-    assert stamp_colour(ImageModality(3, 8, 8)) == (0.5, 0.5, 0.5)
-    assert stamp_colour(ImageModality(1, 8, 8, (0.3,), (0.33,))) == (0.3,)
+def test_its_color_is_zero_after_normalisation_or_grey() -> None:
+    assert stamp_color(ImageModality(3, 8, 8, MEAN, (0.2,) * 3)) == MEAN
+    assert stamp_color(ImageModality(3, 8, 8)) == (0.5, 0.5, 0.5)
+    assert stamp_color(ImageModality(1, 8, 8, (0.3,), (0.33,))) == (0.3,)
 
 
 def test_the_model_stamps_whatever_it_is_given() -> None:
-    model = coloured()
+    model = colored()
     x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(model(x), model.without_stamp(stamped(x, 3, torch.tensor(MEAN))))
@@ -59,12 +59,12 @@ def test_the_model_stamps_whatever_it_is_given() -> None:
 
 
 def test_the_stamp_comes_back_from_the_store_with_the_model() -> None:
-    model = coloured()
+    model = colored()
     tensors, record = model.state()
     stored = load(save({name: tensor.contiguous() for name, tensor in tensors["model"].items()}))
     restored = restore_model(({"model": stored}, record))
     assert isinstance(restored, StampedClassifier)
-    assert (restored.side, restored.colour) == (3, MEAN)
+    assert (restored.side, restored.color) == (3, MEAN)
     images = torch.randint(0, 256, (9, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     assert torch.equal(predict(restored, images), predict(model, images))
     with pytest.raises(ArtifactError, match="lacks 'side'"):
@@ -118,7 +118,7 @@ def test_the_score_is_above_zero_where_the_prediction_changes() -> None:
 
 
 def test_the_detector_compares_predictions_with_and_without_the_stamp() -> None:
-    model = coloured()
+    model = colored()
     images = torch.randint(0, 256, (30, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     detector = StampDetector(model, batch_size=7)
     scores = detector.score(images)

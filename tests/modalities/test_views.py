@@ -88,7 +88,7 @@ def test_crops_have_at_least_the_smallest_area() -> None:
     assert 1.25 < float(ratio.max()) < 1.36
 
 
-def test_colours_change_in_most_pictures_and_some_turn_grey() -> None:
+def test_colors_change_in_most_pictures_and_some_turn_grey() -> None:
     images = pictures(count=400).float() / 255
     seen = jitter(images, rng())
     same = (seen == images).flatten(1).all(1)

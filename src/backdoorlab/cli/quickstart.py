@@ -1,7 +1,7 @@
 """``backdoorlab quickstart``: one attack and a defense of every stage, on digits that ship with scikit-learn.
 
 Everything runs through the benchmark's runner, so that each line of the table is a stored run like any other. The
-hyper-parameters below differ from the defaults where those are made for tens of thousands of colour photographs: the
+hyper-parameters below differ from the defaults where those are made for tens of thousands of color photographs: the
 defender's 5 % of digits are 72 images, a single step per epoch. What does not work on so small a network (a pruning
 method has few channels to choose from) stays in the table: that is what a benchmark is for.
 """

@@ -1,7 +1,7 @@
-"""Strong random views of images for contrastive learning: another crop and size, mirror image, colours, blur.
+"""Strong random views of images for contrastive learning: another crop and size, mirror image, colors, blur.
 
 The augmentations of SimCLR (Chen, Kornblith, Norouzi, Hinton, "A Simple Framework for Contrastive Learning of Visual
-Representations", ICML 2020), batched on the device, every sample with draws of its own. Colours are changed where there
+Representations", ICML 2020), batched on the device, every sample with draws of its own. Colors are changed where there
 are three channels; with one, brightness and contrast. Images are mirrored only where the modality says that a mirrored
 image keeps its class.
 
@@ -69,7 +69,7 @@ def resized_crop(images: Tensor, generator: torch.Generator, *, smallest: float,
 
 
 def jitter(images: Tensor, generator: torch.Generator, strength: float = 0.4, hue: float = 0.1) -> Tensor:
-    """Other colours in 80 % of the images [B,C,H,W] in [0, 1], and 20 % of the coloured ones grey.
+    """Other colors in 80 % of the images [B,C,H,W] in [0, 1], and 20 % of the colored ones grey.
 
     Args:
         images: of one or three channels.

@@ -12,7 +12,7 @@ brings OpenCV and has had no release since 2020. What differs from it:
   the others in its batch, and a severity is the same field as the one before, only stronger.
 - Frost and snow are drawn (smooth random ridges, blurred specks) instead of taken from photographs. Glass blur moves
   pixels by a random field instead of swapping them one by one. Shot noise is Gaussian with the variance of the Poisson
-  law. JPEG quantises 8x8 cosine blocks by the standard tables, without subsampling of colour.
+  law. JPEG quantises 8x8 cosine blocks by the standard tables, without subsampling of color.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cognitive distillation: the smallest part of a sample that keeps the model's output.
 
 Huang, Ma, Erfani, Bailey, "Distilling Cognitive Backdoor Patterns within an Image", ICLR 2023. What is minimised is
-told in :mod:`backdoorlab.defenses.dataset.cd`.
+described in :mod:`backdoorlab.defenses.dataset.cd`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Distillation:
         alpha = 0.01 * 32 / math.sqrt(height * width) if self.alpha is None else self.alpha
         hidden = torch.ones(len(x), *frames, 1, height, width, device=x.device, requires_grad=True)
         optimizer = torch.optim.Adam([hidden], self.lr, betas=(0.1, 0.1))
-        # One colour a step for all samples: what a sample gets must not depend on those beside it.
+        # One color a step for all samples: what a sample gets must not depend on those beside it.
         generator = ctx.generator("cd", "colours")
 
         def output(samples: Tensor) -> Tensor:
@@ -80,9 +80,9 @@ class Distillation:
         with torch.no_grad():
             wanted = output(x)
         for _ in range(self.iterations):
-            colour = torch.rand(1, *frames, x.shape[-3], 1, 1, generator=generator).to(x.device)
+            color = torch.rand(1, *frames, x.shape[-3], 1, 1, generator=generator).to(x.device)
             masks = hidden.tanh() / 2 + 0.5
-            loss = distillation_loss(output(torch.lerp(colour, x, masks)), wanted, masks, alpha, self.beta).sum()
+            loss = distillation_loss(output(torch.lerp(color, x, masks)), wanted, masks, alpha, self.beta).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

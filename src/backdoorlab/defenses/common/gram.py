@@ -1,7 +1,7 @@
 """Beatrix's Gram matrices, and the verdict that a data set defense and a scan share.
 
 Ma, Wang, Sun, Gong, Xue, Zhang, Shi, "The 'Beatrix' Resurrections: Robust Backdoor Detection via Gram Matrices", NDSS
-2023. What is done, and how it deviates, is told in :mod:`backdoorlab.defenses.dataset.beatrix`.
+2023. What is done, and how it deviates, is described in :mod:`backdoorlab.defenses.dataset.beatrix`.
 """
 
 from __future__ import annotations

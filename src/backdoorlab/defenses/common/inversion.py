@@ -1,7 +1,7 @@
 """Trigger inversion as in Neural Cleanse: the smallest trigger of every class, and which class stands out.
 
 Wang et al., "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural Networks", IEEE S&P 2019. Shared by
-the scans and repairs that are built on it; what is minimised, and how, is told in
+the scans and repairs that are built on it; what is minimised, and how, is described in
 :mod:`backdoorlab.defenses.model.neural_cleanse`.
 """
 

@@ -1,7 +1,7 @@
 """SCAn's model of features, and the verdict that a data set defense and a scan share.
 
 Tang, Wang, Tang, Zhang, "Demon in the Variant: Statistical Analysis of DNNs for Robust Backdoor Contamination
-Detection", USENIX Security 2021. What is done, and how it deviates, is told in
+Detection", USENIX Security 2021. What is done, and how it deviates, is described in
 :mod:`backdoorlab.defenses.dataset.scan`.
 """
 

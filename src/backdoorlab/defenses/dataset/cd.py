@@ -6,7 +6,7 @@ For every sample x a mask m in [0, 1], shared by the channels, is optimised:
 
     min_m  |f(x) - f(x m + (1 - m) r)|_1  +  alpha |m|_1  +  beta TV(m)
 
-f gives the logits (mean over the classes) or the features, r is a random colour that changes in every step, TV the mean
+f gives the logits (mean over the classes) or the features, r is a random color that changes in every step, TV the mean
 squared difference of neighbours, and m = (tanh u + 1) / 2. The model recognises a trigger by few pixels, so that a
 *small* |m|_1 is suspicious. The threshold comes from masks of clean samples. The score is
 
@@ -19,7 +19,7 @@ Choices and deviations
   paper's: mean - gamma standard deviations, which rejects a sixth of normally distributed clean samples at gamma = 1.
 - The paper's alpha is 0.01 at 32 px and 0.001 at 224 px. |m|_1 grows with the number of pixels; alpha shrinks with its
   root here, which agrees with both.
-- All samples see the same colours, so that a score does not depend on the batch.
+- All samples see the same colors, so that a score does not depend on the batch.
 - Videos: one mask for all frames.
 
 Limits: triggers that cover the whole image (blended, warped, sinusoidal) need large masks. Costs 100 forward and

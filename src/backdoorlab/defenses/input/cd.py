@@ -2,8 +2,8 @@
 
 Huang, Ma, Erfani, Bailey, "Distilling Cognitive Backdoor Patterns within an Image", ICLR 2023 (arXiv 2301.10908).
 
-The mask that is optimised for each input, and how, is told in :mod:`backdoorlab.defenses.dataset.cd`, which filters
-training sets by it; here inputs are judged at inference. The score is -|m|_1: a *small* mask is suspicious.
+The mask that is optimised for each input, and how, is described in :mod:`backdoorlab.defenses.dataset.cd`, which
+filters training sets by it; here inputs are judged at inference. The score is -|m|_1: a *small* mask is suspicious.
 
 The threshold comes from the masks of clean samples: the ``frr`` quantile by default, ``rule="gamma"`` is the paper's
 mean - gamma standard deviations, which rejects a sixth of normally distributed clean samples at gamma = 1.

@@ -28,7 +28,7 @@ Choices
   less than one step to the score. ``ties="none"`` is the paper's score, for models that tell classes only.
 - ``free`` is the default: a backdoor's target class with a high usual SPC hides the trigger from ``limited``.
 
-Limits: triggers that do not grow with the amplitude (dark ones, warps, changes of colour) are missed, and data whose
+Limits: triggers that do not grow with the amplitude (dark ones, warps, changes of color) are missed, and data whose
 content is binary by nature (digits, line drawings) survive scaling as triggers do.
 """
 

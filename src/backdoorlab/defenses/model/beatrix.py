@@ -5,8 +5,8 @@ evidence is the difference between the samples of a class whose Gram matrices de
 anomaly index; evidence per class: J_k (0 for classes that are not judged). A class is suspected if its index exceeds
 e^2 and its clean samples do not deviate in the same way.
 
-Deviation: none beyond those told there. Among fewer than 5 judged classes there is no index; the score is then 1 minus
-the smallest chance with which the clean samples of a class would be divided as they are.
+Deviation: none beyond those described there. Among fewer than 5 judged classes there is no index; the score is then 1
+minus the smallest chance with which the clean samples of a class would be divided as they are.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ is the two groups that the model makes of a class's samples. Score: the largest 
 the log-likelihood ratio J_k (0 for classes that are not judged). A class is suspected if its index exceeds e^2 and its
 clean samples avoid the suspicious group.
 
-Deviation: none beyond those told there. Among fewer than 5 judged classes there is no index; the score is then 1 minus
-the smallest chance with which the clean samples of a class would be divided as they are.
+Deviation: none beyond those described there. Among fewer than 5 judged classes there is no index; the score is then 1
+minus the smallest chance with which the clean samples of a class would be divided as they are.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ Liu, Sangiovanni-Vincentelli, Yue, "Beating Backdoor Attack at Its Own Game", IC
 Choices and deviations
 - The isolation is that of :mod:`~backdoorlab.defenses.training.abl`, with its defaults; 5 % are suspected, not the true
   poison rate.
-- The stamp is a square of ``stamp`` pixels in the top left corner, put on after augmentation, of the data's mean colour
-  (0 after normalisation), as published; mid-grey where data are not normalised, since black is the colour of padding.
+- The stamp is a square of ``stamp`` pixels in the top left corner, put on after augmentation, of the data's mean color
+  (0 after normalisation), as published; mid-grey where data are not normalised, since black is the color of padding.
 - Centroids are those of normalised backbone features, not of projections.
 - The training has the recipe's own learning rate and schedule. (Published code steps another stage's scheduler.)
 - Lengths are shares of the recipe, ``contrastive`` is 1 (100 epochs beside 100).
@@ -55,21 +55,21 @@ from backdoorlab.training.evaluate import predict_features
 MID_GREY = 0.5
 
 
-def stamped(images: Tensor, side: int, colour: Tensor) -> Tensor:
+def stamped(images: Tensor, side: int, color: Tensor) -> Tensor:
     """Prepared images with a square of ``side`` pixels in the top left corner.
 
     Args:
         images: float [B, C, H, W] in [0, 1]; left as they are.
         side: of the square, at most that of the images.
-        colour: float [C].
+        color: float [C].
     """
     marked = images.clone()
-    marked[..., :side, :side] = colour[:, None, None].to(images)
+    marked[..., :side, :side] = color[:, None, None].to(images)
     return marked
 
 
-def stamp_colour(modality: ImageModality) -> tuple[float, ...]:
-    """The data's mean colour, or mid-grey where the modality knows none: C numbers in [0, 1]."""
+def stamp_color(modality: ImageModality) -> tuple[float, ...]:
+    """The data's mean color, or mid-grey where the modality knows none: C numbers in [0, 1]."""
     known = modality.mean if any(modality.mean) else (MID_GREY,)
     return known * (modality.channels // len(known))
 
@@ -79,16 +79,16 @@ class StampedClassifier(Classifier):
 
     Attributes:
         side: of the stamp, in pixels.
-        colour: of the stamp, C numbers in [0, 1].
+        color: of the stamp, C numbers in [0, 1].
     """
 
     kind: ClassVar[str] = "stamped"
 
-    def __init__(self, base: Classifier, side: int, colour: tuple[float, ...]) -> None:
+    def __init__(self, base: Classifier, side: int, color: tuple[float, ...]) -> None:
         """Takes the network of ``base``, which must not be used any more."""
         super().__init__(base.net, base.modality, base.arch, base.num_classes)
-        self.side, self.colour = side, colour
-        self.register_buffer("ink", torch.tensor(colour), persistent=False)
+        self.side, self.color = side, color
+        self.register_buffer("ink", torch.tensor(color), persistent=False)
 
     ink: Tensor
 
@@ -102,13 +102,13 @@ class StampedClassifier(Classifier):
 
     def record(self) -> dict[str, Any]:
         """See :meth:`StoredModel.record`."""
-        return {**super().record(), "side": self.side, "colour": list(self.colour)}
+        return {**super().record(), "side": self.side, "color": list(self.color)}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> StampedClassifier:
         """See :meth:`StoredModel.from_record`."""
         base = build_model(record["arch"], modality_from_config(record["modality"]), record["num_classes"])
-        return cls(base, int(record["side"]), tuple(map(float, record["colour"])))
+        return cls(base, int(record["side"]), tuple(map(float, record["color"])))
 
 
 def nearest_centroids(found: Tensor, labels: Tensor, used: Tensor, num_classes: int) -> Tensor:
@@ -173,7 +173,7 @@ class NonAdversarialBackdoor:
         labels = torch.where(suspected, pseudo, data.labels.cpu())
         marked = suspected & (labels != data.labels.cpu())
         base = self.train_model(Split(data.inputs, labels, data.classes), marked, blueprint, ctx, name)
-        model = StampedClassifier(base, self.stamp, stamp_colour(modality)).to(ctx.device).eval()
+        model = StampedClassifier(base, self.stamp, stamp_color(modality)).to(ctx.device).eval()
         if not bool(marked.any()):
             ctx.warn(f"{name}: every suspected sample keeps its label, so that the stamp stands for nothing")
         notes = {"suspected": int(suspected.sum()), "stamped": int(marked.sum())}
@@ -202,11 +202,11 @@ class NonAdversarialBackdoor:
     def train_model(self, data: Split, marked: Tensor, blueprint: Blueprint, ctx: Context, name: str) -> Classifier:
         """A fresh model on relabelled samples, those in ``marked`` (bool [N]) with the stamp."""
         where, modality = marked.to(ctx.device), expect_modality(blueprint.modality, ImageModality)
-        colour = torch.tensor(stamp_colour(modality), device=ctx.device)
+        color = torch.tensor(stamp_color(modality), device=ctx.device)
 
         def objective(model: Classifier, inputs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
             chosen = where[indices][:, None, None, None]
-            return F.cross_entropy(model(torch.where(chosen, stamped(inputs, self.stamp, colour), inputs)), labels)
+            return F.cross_entropy(model(torch.where(chosen, stamped(inputs, self.stamp, color), inputs)), labels)
 
         model, _ = blueprint.fit(data, ctx, objective=objective, label=f"{name}: training")
         return model
