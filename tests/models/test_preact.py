@@ -52,7 +52,7 @@ def test_the_narrow_ones_are_the_reference_network_with_fewer_channels(
 
 
 @pytest.mark.parametrize(
-    ("side", "default"), [(16, "convnet3"), (28, "preact_resnet18_w16"), (64, "preact_resnet18_w16")]
+    ("side", "default"), [(16, "convnet3"), (28, "preact_resnet8"), (64, "preact_resnet8")]
 )
 def test_the_default_follows_the_size_of_the_images(side: int, default: str) -> None:
     assert default_model(ImageModality(3, side, side)) == default

@@ -93,7 +93,7 @@ def default_model(modality: Modality) -> str:
     """The architecture that a CPU trains well on such data."""
     if modality.name == "image":
         small = min(getattr(modality, "height", 32), getattr(modality, "width", 32)) < 28
-        return "convnet3" if small else "preact_resnet18_w16"
+        return "convnet3" if small else "preact_resnet8"
     return _DEFAULTS[modality.name]
 
 

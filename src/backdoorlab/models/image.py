@@ -149,10 +149,10 @@ class BuildPreActResNet18(_Image):
 
 @models.register
 class BuildPreActResNet18W16(_Image):
-    """The CPU default for 32x32: the reference network, four times narrower."""
+    """The reference network, four times narrower."""
 
     name = "preact_resnet18_w16"
-    summary = "PreAct-ResNet18 of widths 16-128, 0.70 M parameters: default for 28 px and more"
+    summary = "PreAct-ResNet18 of widths 16-128, 0.70 M parameters: more accurate than preact_resnet8, 1.7 times the cost"
     network = preact_resnet18_w16
 
 
@@ -167,10 +167,10 @@ class BuildPreActResNet18W32(_Image):
 
 @models.register
 class BuildPreActResNet8(_Image):
-    """The fastest network for 32x32."""
+    """The CPU default for 32x32."""
 
     name = "preact_resnet8"
-    summary = "PreAct-ResNet of widths 16-128 with one block a stage, 0.31 M parameters: the fastest for 32 px"
+    summary = "PreAct-ResNet of widths 16-128 with one block a stage, 0.31 M parameters: default for 28 px and more"
     network = preact_resnet8
 
 

@@ -2,8 +2,8 @@
 
 Liu, Sangiovanni-Vincentelli, Yue, "Beating Backdoor Attack at Its Own Game", ICCV 2023 (arXiv 2307.15539); how the
 model with its stamp is trained is described in :mod:`~backdoorlab.defenses.training.nab`. That model still obeys the
-trigger where the stamp is missing. An input is rejected if its prediction without the stamp is not the prediction with it. With
-c the class predicted without, the score is
+trigger where the stamp is missing. An input is rejected if its prediction without the stamp is not the prediction with
+it. With c the class predicted without, the score is
 
     max_{k != c} p_k(stamped) - p_c(stamped)
 
