@@ -152,7 +152,7 @@ class BuildPreActResNet18W16(_Image):
     """The reference network, four times narrower."""
 
     name = "preact_resnet18_w16"
-    summary = "PreAct-ResNet18 of widths 16-128, 0.70 M parameters: more accurate than preact_resnet8, 1.7 times the cost"
+    summary = "PreAct-ResNet18 of widths 16-128, 0.70 M parameters; 1.7 times the cost of preact_resnet8"
     network = preact_resnet18_w16
 
 
