@@ -37,7 +37,7 @@ def test_stored_secret_is_read_from_any_batch() -> None:
     "attack/image/ssba", asr=least(0.8), acc_lost=LOST, benign_asr=most(0.1), bit_accuracy=least(0.95), psnr=least(26)
 )
 def effect_of_ssba(seed: int) -> Numbers:
-    return hidden(seed, "ssba", poison_rate=0.1, steps=400, image_weight=10.0)
+    return hidden(seed, "ssba", poison_rate=0.1, steps=400, image_weight=5.0)
 
 
 test_effect = effects(__name__)
