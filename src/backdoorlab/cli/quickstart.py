@@ -52,7 +52,7 @@ RATE = 0.05
 ABL = {"lga_mode": "per_sample", "mode": "sequential", "ascent_steps": 20}
 STEPS = (
     Step("ft", "repair: fine-tune on 72 clean digits", {"lr": 0.5, "batch_size": 64}),
-    Step("anp", "repair: prune the channels that noise upsets most", {"iterations": 300}),
+    Step("fp", "repair: prune what clean digits do not use, fine-tune", {"epochs": 60, "batch_size": 32}),
     Step("abl", "training: unlearn what is learnt too fast", ABL),
     Step("ac", "data: cluster the activations, drop, train again"),
     Step("strip", "inputs: reject those whose class survives blending"),
