@@ -78,7 +78,8 @@ class Descent(Generic[M]):
 
     def __call__(self, batch: Batch) -> Tensor:
         """Go down the objective."""
-        loss = self.loss(batch)
+        # Kept until the next one is there: memory that is freed between two steps may go back to the system.
+        self.latest = loss = self.loss(batch)
         self.descend(loss)
         return loss.detach()
 
