@@ -130,7 +130,6 @@ def test_an_excluded_cluster_of_poison_goes_back_to_where_it_came_from(rare: Bac
 
 @case(
     "defense/dataset/ac",
-    core=True,
     tpr=least(0.7),
     fpr=most(0.15),
     auroc=least(0.75),

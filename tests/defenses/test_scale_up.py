@@ -80,7 +80,7 @@ def test_decisions(badnets_digits: Backdoor, digits_task: Task) -> None:
             ScaleUp(scales=scales)
 
 
-@case("defense/input/scale_up", core=True, auroc=least(0.9), tpr=least(0.6), fpr=most(0.15), benign_gap=most(0.2))
+@case("defense/input/scale_up", auroc=least(0.9), tpr=least(0.6), fpr=most(0.15), benign_gap=most(0.2))
 def badnets(seed: int) -> Numbers:
     return detected(seed, ScaleUp())
 
