@@ -51,8 +51,6 @@ def test_the_narrow_ones_are_the_reference_network_with_fewer_channels(
         assert list(weights[name].shape[:2]) == [n if n in ends else n // share for n in weight.shape[:2]], name
 
 
-@pytest.mark.parametrize(
-    ("side", "default"), [(16, "convnet3"), (28, "preact_resnet8"), (64, "preact_resnet8")]
-)
+@pytest.mark.parametrize(("side", "default"), [(16, "convnet3"), (28, "preact_resnet8"), (64, "preact_resnet8")])
 def test_the_default_follows_the_size_of_the_images(side: int, default: str) -> None:
     assert default_model(ImageModality(3, side, side)) == default
