@@ -78,6 +78,8 @@ class Case:
         bounds: of some of the numbers; the others are for reading.
         core: does ``make test`` run it too?
         needs: a package without which the case is skipped.
+        fragile: what was seen of an effect that so small a task shows in some draws only; then a broken bound is
+            reported as an expected failure, with its numbers, until method or settings are mended.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Case:
     bounds: Bounds
     core: bool = False
     needs: str = ""
+    fragile: str = ""
 
     def broken(self, numbers: Numbers) -> list[str]:
         """The bounds that are not kept, in words."""
@@ -100,14 +103,16 @@ CASES: dict[str, Case] = {}
 """Every case of the test files that were imported so far."""
 
 
-def case(name: str, core: bool = False, needs: str = "", **bounds: tuple[str, float]) -> Callable[..., Any]:
+def case(
+    name: str, core: bool = False, needs: str = "", fragile: str = "", **bounds: tuple[str, float]
+) -> Callable[..., Any]:
     """Decorator: the function measures this case."""
 
     def register(measure: Callable[[int], Numbers]) -> Callable[[int], Numbers]:
         known = CASES.get(name)
         if known and known.measure.__code__.co_filename != measure.__code__.co_filename:
             raise ValueError(f"two effect cases are called {name}; the other is in {known.measure.__module__}")
-        CASES[name] = Case(name, measure, bounds, core, needs)
+        CASES[name] = Case(name, measure, bounds, core, needs, fragile)
         return measure
 
     return register
@@ -135,6 +140,8 @@ def effects(module: str) -> Callable[[Case], None]:
             pytest.importorskip(case.needs)
         numbers = case.measure(SEED)
         print(case.name, {name: round(value, 4) for name, value in numbers.items()})
+        if case.fragile and case.broken(numbers):
+            pytest.xfail(f"{'; '.join(case.broken(numbers))} ({case.fragile})")
         assert not case.broken(numbers), numbers
 
     test_effect.__module__ = module

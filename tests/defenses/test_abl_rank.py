@@ -26,7 +26,13 @@ def test_at_least_one_sample_is_flagged() -> None:
     assert AblRank(isolation=0.001).flags(torch.arange(80.0), view).nonzero().flatten().tolist() == [79]
 
 
-@case("defense/dataset/abl_rank", auroc=least(0.8), tpr=least(0.3), fpr=most(0.05))
+@case(
+    "defense/dataset/abl_rank",
+    fragile="AUROC 0.92 in bf16, 0.70 in fp32",
+    auroc=least(0.8),
+    tpr=least(0.3),
+    fpr=most(0.05),
+)
 def effect_of_abl_rank(seed: int) -> Numbers:
     """The length of the isolation phase is that of ABL's own cases."""
     return screened(seed, AblRank(isolation=0.05, turning=0.35), victim(seed, **RARE))

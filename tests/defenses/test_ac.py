@@ -130,6 +130,7 @@ def test_an_excluded_cluster_of_poison_goes_back_to_where_it_came_from(rare: Bac
 
 @case(
     "defense/dataset/ac",
+    fragile="TPR 0.32 in one of nine draws, 0 for the strict silhouette in two",
     tpr=least(0.7),
     fpr=most(0.15),
     auroc=least(0.75),

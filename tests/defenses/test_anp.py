@@ -151,7 +151,13 @@ def test_too_few_samples_are_named(badnets_digits: Backdoor, clean: Split) -> No
     assert defenses.get("anp", "image") is AdversarialNeuronPruning
 
 
-@case("defense/repair/anp", asr_lost=least(0.4), acc_lost=most(0.1), benign_lost=most(0.1))
+@case(
+    "defense/repair/anp",
+    fragile="0 and 0.06 of the ASR lost under AVX2, 0.88 to 0.99 elsewhere",
+    asr_lost=least(0.4),
+    acc_lost=most(0.1),
+    benign_lost=most(0.1),
+)
 def effect_of_anp(seed: int) -> Numbers:
     method = AdversarialNeuronPruning(iterations=100, batch_size=64)
     return repaired(seed, method, subnet_victim(seed), harmless=True)

@@ -38,7 +38,13 @@ def test_the_papers_threshold_is_an_option(badnets_digits: Backdoor, digits_task
         )
 
 
-@case("defense/input/cd", auroc=least(0.8), tpr=least(0.3), fpr=most(0.25))
+@case(
+    "defense/input/cd",
+    fragile="AUROC 0.91 in one draw, 0.66 in another",
+    auroc=least(0.8),
+    tpr=least(0.3),
+    fpr=most(0.25),
+)
 def badnets(seed: int) -> Numbers:
     """Shapes: of a digit the strokes alone keep the output, which makes its mask as small as that of a patch."""
     return detected_shapes(seed, CognitiveDistillationInput(iterations=50), count=30)

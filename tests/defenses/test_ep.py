@@ -110,7 +110,13 @@ def test_known_by_its_names_and_reads_the_mixture() -> None:
     assert EntropyPruning.reads == ("model", "clean", "suspicious")
 
 
-@case("defense/repair/ep", der=least(0.7), acc_lost=most(0.1), benign_lost=most(0.1))
+@case(
+    "defense/repair/ep",
+    fragile="DER 0.88, 0.97, 0.98 in bf16, 0.66 in fp32",
+    der=least(0.7),
+    acc_lost=most(0.1),
+    benign_lost=most(0.1),
+)
 def ep(seed: int) -> Numbers:
     """In a network with channels to spare; what it does to one of 112 channels differs widely between draws."""
     return repaired(seed, EntropyPruning(), backdoor=wide_victim(seed), harmless=wide_benign(seed))

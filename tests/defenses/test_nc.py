@@ -102,7 +102,14 @@ def test_the_given_model_is_left_as_it_was(
         NeuralCleanseRepair().run(DefenderView(model=badnets_digits.model, clean=few[torch.arange(0)]), Context())
 
 
-@case("defense/repair/nc", asr_before=least(0.85), asr_lost=least(0.5), acc_lost=most(0.08), benign_lost=most(0.05))
+@case(
+    "defense/repair/nc",
+    fragile="in fp32 no class is suspected, so nothing is repaired",
+    asr_before=least(0.85),
+    asr_lost=least(0.5),
+    acc_lost=most(0.08),
+    benign_lost=most(0.05),
+)
 def unlearned(seed: int) -> Numbers:
     """What a false alarm costs a benign model, too."""
     method = NeuralCleanseRepair(epochs=40, batch_size=32, min_steps=3, patience=3, tune_epochs=40)

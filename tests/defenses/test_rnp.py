@@ -119,7 +119,13 @@ def test_too_few_samples_are_named(badnets_digits: Backdoor, clean: Split) -> No
     assert defenses.get("rnp", "text") is ReconstructiveNeuronPruning
 
 
-@case("defense/repair/rnp", asr_lost=least(0.4), acc_lost=most(0.1), benign_lost=most(0.1))
+@case(
+    "defense/repair/rnp",
+    fragile="DER 0.72 to 0.97 in bf16, 0.50 in fp32",
+    asr_lost=least(0.4),
+    acc_lost=most(0.1),
+    benign_lost=most(0.1),
+)
 def rnp(seed: int) -> Numbers:
     return repaired(seed, ReconstructiveNeuronPruning(), harmless=True)
 

@@ -149,7 +149,14 @@ def test_vision_transformers_have_a_map_too() -> None:
     assert bool(detector.score(images).isfinite().all())
 
 
-@case("defense/input/sentinet", asr=least(0.9), auroc=least(0.85), tpr=least(0.45), fpr=most(0.2))
+@case(
+    "defense/input/sentinet",
+    fragile="AUROC 0.89 and 1.0 in bf16, 0.62 in fp32",
+    asr=least(0.9),
+    auroc=least(0.85),
+    tpr=least(0.45),
+    fpr=most(0.2),
+)
 def badnets(seed: int) -> Numbers:
     return detected_shapes(seed, SentiNet(overlays=12, proposals=0))
 

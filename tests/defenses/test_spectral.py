@@ -51,7 +51,7 @@ def test_a_fixed_share_of_every_class_is_removed(settings: dict[str, float], cou
         assert scores[(labels == k) & flagged].min() > scores[(labels == k) & ~flagged].max()
 
 
-@case("defense/dataset/spectral", auroc=least(0.85), tpr=least(0.5))
+@case("defense/dataset/spectral", fragile="TPR 0.45 in one of nine draws", auroc=least(0.85), tpr=least(0.5))
 def effect_of_spectral(seed: int) -> Numbers:
     """BadNets at 2 %; AUROC within the target class."""
     backdoor = victim(seed, poison_rate=0.02, exclude_target=True)

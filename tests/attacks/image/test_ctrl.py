@@ -52,7 +52,7 @@ def test_ctrl_settings_that_do_not_fit_the_pictures() -> None:
         make("ctrl", positions=()).run(tiny_task(GREY), Context())
 
 
-@case("attack/image/ctrl", asr=least(0.7), acc_lost=LOST, benign_asr=OBEYS)
+@case("attack/image/ctrl", fragile="ASR 0.42 in one of ten draws", asr=least(0.7), acc_lost=LOST, benign_asr=OBEYS)
 def effect_of_ctrl(seed: int) -> Numbers:
     return planted(seed, "ctrl", poison_rate=0.08, magnitude_train=1200.0, magnitude_test=1600.0)[1]
 
